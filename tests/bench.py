@@ -1,0 +1,79 @@
+"""Measure speed and memory: each figure compares two ways in one run, on the same weights and data.
+
+python tests/bench.py [store] [embed] [caption] [photos]      (all of them where none is named)"""
+import json, os, resource, sys, tempfile, time
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from clipcap.data import draw_dataset, list_images, open_image
+from clipcap.embed import FeatureStore, VisionTower, embed_images
+from clipcap.generate import GenerationOptions, generate_captions
+from clipcap.image import Captioner
+from clipcap.model import CaptionModel, MapperConfig
+from clipcap.train import TrainConfig, train
+
+def seconds(work, times=3):
+    "The shortest of some runs, the first one not counted"
+    work(); runs = []
+    for _ in range(times):
+        began = time.perf_counter(); work(); runs.append(time.perf_counter() - began)
+    return min(runs)
+
+def compare(name, one, other):
+    "One line: both ways and how many times faster the second one is"
+    a, b = seconds(one), seconds(other)
+    print(f'{name}: {a:.2f} s -> {b:.2f} s, {a/b:.1f}x', flush=True)
+
+def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*resource.getpagesize()/2**20
+
+def store(work, rows=100_000, cells=49, dim=512):
+    "Opening a store of 5 GB, and training from it: what stays in memory"
+    folder = work/'store'; folder.mkdir()
+    array = np.lib.format.open_memmap(folder/'features.npy', 'w+', np.float16, (rows, cells, dim))
+    for start in range(0, rows, 10_000): array[start:start + 10_000] = np.random.default_rng(start).standard_normal((1, cells, dim))
+    array.flush(); del array
+    names = [f'{n}.jpg' for n in range(rows)]
+    (folder/'manifest.json').write_text(json.dumps(dict(whole=True, fingerprint='bench', skipped={}, names=names,
+        tower=dict(name='bench', features='grid', dim=dim, cells=cells, image_size=None))))
+    before, began = resident(), time.perf_counter()
+    opened = FeatureStore.open(folder, 'bench')
+    print(f'store {rows:,} x {cells} x {dim}, {(folder/"features.npy").stat().st_size/2**30:.1f} GiB: opened in {time.perf_counter() - began:.2f} s, {resident() - before:+.0f} MiB')
+    tiny = Captioner('tiny').model
+    for share in 0.02, 0.1:
+        chosen = np.random.default_rng(0).permutation(rows)[:int(share*rows)]
+        table = pd.DataFrame(dict(image=[names[i] for i in chosen], caption='a dog runs', split='train'))
+        model = CaptionModel(tiny.language, tiny.tokenizer, MapperConfig('linear', feature_dim=dim, cells=cells), freeze_language=True)
+        before = resident()
+        train(model, table, opened, TrainConfig(epochs=1, save_every=10**9), work/f'run{share}', progress=False)
+        print(f'  trained on {len(chosen):,} random rows ({len(chosen)*cells*dim*2/2**20:,.0f} MiB of features): {resident() - before:+.0f} MiB resident', flush=True)
+
+def embed(work):
+    "Embedding a folder of photos: one at a time, in batches with decoding in threads, and the bare forward pass"
+    paths = list_images(draw_dataset(work/'scenes', 256, size=256)/'images'); tower = Captioner('tiny').tower; count = iter(range(100))
+    def one_by_one():
+        for p in paths: tower(tower.preprocess([open_image(p)]))
+    pixels = tower.preprocess([open_image(p) for p in paths])
+    def ours(): embed_images(tower, paths, work/f'features{next(count)}', progress=False)
+    def bare():
+        for start in range(0, 256, 32): tower(pixels[start:start + 32])
+    compare('embedding 256 photos, one at a time -> embed_images', one_by_one, ours)
+    compare('embedding 256 photos, embed_images -> bare forward pass', ours, bare)
+
+def caption(work):
+    "Captioning 64 features with the bundled model: one at a time, and in one batch"
+    model = Captioner('tiny').model
+    features = torch.randn(64, model.config.cells, model.config.feature_dim).abs()
+    for beams in 1, 5:
+        options = GenerationOptions(beams=beams, max_length=16)
+        compare(f'captioning 64 features with {beams} beam(s), one at a time -> one batch',
+            lambda: [generate_captions(model, features[i:i + 1], options) for i in range(64)], lambda: generate_captions(model, features, options))
+
+def photos(work):
+    "From file to caption with the bundled model's defaults, a folder of 64 photos"
+    paths, captioner = list_images(draw_dataset(work/'some', 64, size=256)/'images'), Captioner('tiny')
+    compare('64 photos to captions, one call each -> one call', lambda: [captioner.caption([p]) for p in paths], lambda: captioner.caption(paths))
+    print(f'  {seconds(lambda: captioner.caption(paths))/64:.3f} s a photo')
+
+if __name__ == '__main__':
+    print(f'{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads')
+    for name in sys.argv[1:] or ['store', 'embed', 'caption', 'photos']:
+        with tempfile.TemporaryDirectory() as folder: globals()[name](Path(folder))
