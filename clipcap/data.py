@@ -185,7 +185,7 @@ def _from_array(array):   # or tensor
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and (hasattr(array, 'detach') or pixels.shape[2] not in (1, 3, 4)): pixels = np.moveaxis(pixels, 0, 2)
     if pixels.dtype.kind == 'f' and not (pixels.min() >= 0 and pixels.max() <= 1): raise ValueError(f'floats from {pixels.min():.3g} to {pixels.max():.3g}: scale them to 0..1')
     if pixels.dtype.kind == 'f' or pixels.dtype == np.uint16: pixels = np.round(pixels*(255 if pixels.dtype.kind == 'f' else 1/257)).astype(np.uint8)
-    if pixels.dtype != np.uint8: raise ValueError(f'{pixels.dtype} pixels: give uint8, uint16 or floats')
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3): raise ValueError(f'{pixels.dtype} of shape {pixels.shape}: give HxW, HxWxC or CxHxW of uint8, uint16 or floats')
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
 def list_images(source:str|Path, # a photo, a folder, or a pattern such as `photos/**/*.jpg`
 )->list[Path]: # in the order of their names; ClipcapError where there is none

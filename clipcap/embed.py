@@ -9,7 +9,7 @@ __all__ = ['pixels_of', 'look', 'features_of', 'quiet', 'load_vision_model', 'fi
 # %% ../nbs/01_embed.ipynb #01-002
 import hashlib, inspect, json, math, os, re, textwrap, time, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np, torch, transformers
 from huggingface_hub import constants, get_session, utils as hub
@@ -29,8 +29,8 @@ def pixels_of(
     "Photos as a tower takes them: the numbers of its processor, the same for a photo alone and among others"
     made, steps = [], dict(do_resize=False, do_center_crop=False) if image_size else {}
     for photo in photos:
-        w, h = photo.size
-        x, y = max(0, w - 20*h)//2, max(0, h - 20*w)//2   # of a strip only the middle is seen; the whole, enlarged, would fill the memory
+        (w, h), longest = photo.size, 20*min(photo.size)
+        x, y = max(0, w - longest)//2, max(0, h - longest)//2   # of a strip only the middle is seen; the whole, enlarged, would fill the memory
         if image_size: photo = photo.resize((image_size, image_size), processor.resample)
         elif x or y: photo = photo.crop((x, y, w - x, h - y))
         made.append(processor(images=[photo], return_tensors='np', **steps)['pixel_values'][0])
@@ -40,15 +40,15 @@ def pixels_of(
 # %% ../nbs/01_embed.ipynb #01-008
 def look(
     model,                 # a vision model of transformers
-    pixels: torch.Tensor,  # (B, 3, H, W)
+    pixels: torch.Tensor,  # (B, 3, H, W), on the model's device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # the grid (B, C, rows, columns) and the pooled vector (B, C)
     "What a vision model sees, part by part and as a whole"
     free = 'interpolate_pos_encoding' in inspect.signature(model.forward).parameters   # a transformer that can take photos of any size
-    seen = model(pixel_values=pixels.to(model.device), **(dict(interpolate_pos_encoding=True) if free else {}))
-    grid, pooled, patch = seen.last_hidden_state, getattr(seen, 'pooler_output', None), getattr(model.config, 'patch_size', None)
+    seen = model(pixel_values=pixels, **(dict(interpolate_pos_encoding=True) if free else {}))
+    grid, pooled, patch = seen.last_hidden_state, getattr(seen, 'pooler_output', None), getattr(model.config, 'patch_size', 1)
     if grid.ndim == 3:
-        n, first, (h, w) = grid.shape[1], grid[:, 0], [side//patch for side in pixels.shape[2:]] if isinstance(patch, int) else (0, 0)
-        if not 0 < h*w <= n: h = w = math.isqrt(n)   # a tower that merges its patches
+        n, first, (h, w) = grid.shape[1], grid[:, 0], [side//patch for side in pixels.shape[2:]]
+        if h*w > n: h = w = math.isqrt(n)   # a tower that merges its patches
         grid = grid[:, n - h*w:].transpose(1, 2).unflatten(2, (h, w))   # class token and registers come first
         if pooled is None and n > h*w: pooled = first
     return grid, (grid.mean((2, 3)) if pooled is None else pooled.flatten(1))
@@ -62,9 +62,9 @@ def features_of(
     max_cells: int=49,     # a larger grid is averaged down to a square of so many cells
 ) -> torch.Tensor:         # (B, cells, C); pooled and projected: one cell; ClipcapError for a kind that the model lacks
     "The features of a batch, as a list of cells in reading order"
-    kinds = ['pooled', 'grid'] + ['projected']*hasattr(model, 'visual_projection')
+    kinds = ['pooled', 'grid', 'projected'][:2 + hasattr(model, 'visual_projection')]
     if features not in kinds: raise ClipcapError(f"features '{features}': {type(model).__name__} has {', '.join(kinds)}; choose one of them")
-    try: grid, pooled = look(getattr(model, 'vision_model', model), pixels)
+    try: grid, pooled = look(getattr(model, 'vision_model', model), pixels.to(model.device))
     except TypeError as error: raise ClipcapError(f'{type(model).__name__} wants more than photos ({error}): choose another model') from error
     if features != 'grid': return (model.visual_projection(pooled) if features == 'projected' else pooled)[:, None]
     (h, w), side = grid.shape[2:], math.isqrt(max_cells)
@@ -84,12 +84,10 @@ def quiet():
         if bars: logging.enable_progress_bar()
         if not downloads: hub.disable_progress_bars()
 
-def _online():
-    try: return bool(get_session().head(constants.ENDPOINT, timeout=5))
-    except Exception: return False   # whatever it is: there is no way to the Hub
+def _online():   # whatever keeps the Hub from answering
+    with suppress(Exception): return bool(get_session().head(constants.ENDPOINT, timeout=5))
 
-def _seeing_half(config):
-    "Config and class of the half of a model that sees"
+def _seeing_half(config):   # its config and class
     vision = getattr(config, 'vision_config', config)
     if vision is not config and hasattr(config, 'projection_dim'): vision.projection_dim = config.projection_dim
     kind = MODEL_MAPPING.get(type(vision), None)
@@ -117,8 +115,7 @@ def load_vision_model(
         return model.to(device), processor
     except Exception as error:   # whatever transformers, torch, the Hub and their files may raise
         gist = textwrap.shorten(re.split(r'\n|\. ', str(error))[0] or type(error).__name__, 160)
-        remedy = 'give a folder with config.json, model.safetensors and preprocessor_config.json, or the name of a vision model on the Hub'
-        raise ClipcapError(f'vision tower {name} on {device}: {gist}; {remedy}') from error
+        raise ClipcapError(f'vision tower {name} on {device}: {gist}; give a folder of transformers (with preprocessor_config.json) or a vision model of the Hub') from error
 
 # %% ../nbs/01_embed.ipynb #01-019
 def fingerprint(
@@ -161,19 +158,25 @@ class VisionTower:
         return cls(*load_vision_model(name, device), features, image_size, max_cells)
 
 # %% ../nbs/01_embed.ipynb #01-033
-def _manifest(folder, fingerprint=None, unfinished=False):
-    "What a store says of itself, checked"
+def _manifest(folder, fingerprint=None, unfinished=False):   # what a store says of itself, checked
     try:
         manifest = json.loads((Path(folder)/'manifest.json').read_text())
         tower, has, count = manifest['tower'], manifest['fingerprint'], len(manifest['names'])
         rows = np.load(Path(folder)/'features.npy', mmap_mode='r', allow_pickle=False) if count else None
-        if count and (len(rows) < count or rows.shape[1:] != (tower['cells'], tower['dim'])): raise ValueError('rows are missing')
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        if count and (rows.dtype != np.float16 or len(rows) < count or rows.shape[1:] != (tower['cells'], tower['dim'])): raise ValueError('rows are missing')
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         raise ClipcapError(f'{folder}: no feature store, or a damaged one ({error}); delete it and run `clipcap embed`') from error
     if fingerprint not in (None, has):
         raise ClipcapError(f"{folder} holds {tower['features']} features of {tower['name']} ({has}), not those asked for ({fingerprint}); name another folder, or delete it")
     if not (unfinished or manifest['whole']): raise ClipcapError(f'{folder}: broken off after {count} photos; start the same embedding again, it goes on from there')
     return manifest
+
+def _fetch(store, rows):   # one by one from the file: a memory map would fetch megabytes around each
+    rows, whole = np.arange(len(store))[rows], store.features
+    found = np.empty((*rows.shape, store.cells, store.dim), np.float16)
+    with open(whole.filename, 'rb', buffering=0) as file:
+        for place, row in np.ndenumerate(rows): file.seek(whole.offset + int(row)*whole.strides[0]); file.readinto(found[place])
+    return found
 
 # %% ../nbs/01_embed.ipynb #01-034
 class FeatureStore:
@@ -189,11 +192,11 @@ class FeatureStore:
         "Open a store; ClipcapError where it is missing, broken off, damaged, or holds other features"
         return cls(folder, _manifest(folder, fingerprint))
     @property
-    def features(self):   # mapped afresh: what was read leaves the memory together with it
-        "All rows, float16 (photos, cells, dim), as a memory map"
+    def features(self):
+        "All rows, float16 (photos, cells, dim), mapped afresh; to look at many in order. For some, wherever they lie, index the store itself"
         return np.load(self.folder/'features.npy', mmap_mode='r', allow_pickle=False)[:len(self)]
     def __len__(self): return len(self.names)
-    def __getitem__(self, rows): return np.array(self.features[rows])
+    def __getitem__(self, rows): return _fetch(self, rows)
     def rows(self, names: list[str]):   # photos, as in `names`
         "Their rows, as an array of int; ClipcapError names the photos that have none"
         row = {name: i for i, name in enumerate(self.names)}
@@ -221,15 +224,13 @@ def read_ahead(
             yield ready
 
 # %% ../nbs/01_embed.ipynb #01-039
-def _named(paths, root):
-    "Name -> path, each photo once"
+def _named(paths, root):   # name -> path, each photo once
     photos = {Path(os.path.relpath(path, root or os.path.dirname(path) or '.')).as_posix(): Path(path) for path in paths}
     if not photos or len(photos) < len({*map(os.path.abspath, paths)}) or any(name.startswith('../') for name in photos):
         raise ClipcapError(f'root {root}: give photos that lie in it, or, without a root, photos with a file name of their own')
     return photos
 
-def _begin(folder, tower):
-    "The store to go on with, or a new one without rows"
+def _begin(folder, tower):   # the store to go on with, or a new one without rows
     rows = folder/'features.npy'
     if (folder/'manifest.json').exists(): return FeatureStore(folder, _manifest(folder, tower.fingerprint, unfinished=True))
     if rows.exists() and rows.stat().st_size > 128: raise ClipcapError(f'{rows}: has no manifest beside it; delete it or name another folder')
@@ -241,16 +242,14 @@ def _begin(folder, tower):
     return store
 
 # %% ../nbs/01_embed.ipynb #01-040
-def _save(store, array):
-    "Rows first, then the manifest that speaks of them; an array's header has one length for any number of rows"
-    array.seek(0)
+def _save(store, array):   # rows first, then the manifest that speaks of them
+    array.seek(0)   # its header has one length for any number of rows
     np.lib.format.write_array_header_1_0(array, dict(descr='<f2', fortran_order=False, shape=(len(store), store.cells, store.dim)))
     array.seek(2*len(store)*store.cells*store.dim, os.SEEK_CUR); array.flush(); os.fsync(array.fileno())
     with open(store.folder/'manifest.json.tmp', 'w') as file: json.dump(store.manifest, file, indent=0); file.flush(); os.fsync(file.fileno())
     os.replace(file.name, store.folder/'manifest.json')
 
-def _append(store, array, tower, batch):
-    "The features of the photos that could be read, and the names of those that could not"
+def _append(store, array, tower, batch):   # features of the photos that could be read, names of those that could not
     good = {name: pixels for name, pixels in batch if not isinstance(pixels, ClipcapError)}
     if good:
         rows = tower(torch.stack([*good.values()])).half().cpu().numpy()

@@ -164,7 +164,7 @@ def write_folder(
 
 # %% ../nbs/02_model.ipynb #02-037
 def _write_model(model, folder, tower, dtype):
-    config = dict(model_type='clipcap', mapper=asdict(model.config), freeze_language=model.frozen, tower=tower.describe() if tower else None)
+    config = dict(model_type='clipcap', mapper=asdict(model.config), freeze_language=model.frozen, tower=dict(tower.describe(), name='vision') if tower else None)
     (folder/'config.json').write_text(json.dumps(config, indent=2) + '\n')
     save_file(copy.deepcopy(model.mapper).cpu().to(dtype).state_dict(), folder/'model.safetensors', metadata={'format': 'pt'})
     with quiet(): copy.deepcopy(model.language).cpu().to(dtype).save_pretrained(folder/'language')

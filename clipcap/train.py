@@ -107,12 +107,12 @@ def make_optimizer(
               dict(params=[p for p in weights if p.ndim <= 1], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=config.rate)
 
-# %% ../nbs/04_train.ipynb #04-021
+# %% ../nbs/04_train.ipynb #04-022
 def _learned(model):
     "What training changes: learnable weights, and buffers such as running means"
     return {k: p for k, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
 
-# %% ../nbs/04_train.ipynb #04-022
+# %% ../nbs/04_train.ipynb #04-023
 def save_checkpoint(
     file: Path,           # a .safetensors file; an older one is replaced
     model,                # its learnable weights and its buffers are kept
@@ -127,7 +127,7 @@ def save_checkpoint(
     save_file({k: v.contiguous() for k, v in tensors.items()}, new, metadata={'progress': json.dumps(progress)})
     os.replace(new, file)
 
-# %% ../nbs/04_train.ipynb #04-023
+# %% ../nbs/04_train.ipynb #04-024
 def load_checkpoint(
     file: Path,           # written by `save_checkpoint`
     model,                # of the same build
@@ -147,7 +147,7 @@ def load_checkpoint(
     torch.set_rng_state(tensors['dice'])
     return progress
 
-# %% ../nbs/04_train.ipynb #04-025
+# %% ../nbs/04_train.ipynb #04-028
 @torch.inference_mode()
 def validation_loss(
     model: CaptionModel,           # left in the mode it was in
@@ -163,7 +163,7 @@ def validation_loss(
     model.train(was)
     return total/captions.lengths.sum()
 
-# %% ../nbs/04_train.ipynb #04-026
+# %% ../nbs/04_train.ipynb #04-029
 def _standardise(mapper, captions):
     "Measure mean and spread of the features on (at most 2,000 of) the training photos"
     rows = np.unique(captions.rows)
@@ -180,7 +180,7 @@ def _check_same_run(folder, settings):
         if other: raise ClipcapError(f"'{folder}' holds a run with other settings ({', '.join(other)}): give the same ones to go on with it, or another folder")
     else: folder.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(settings, indent=2) + '\n')
 
-# %% ../nbs/04_train.ipynb #04-028
+# %% ../nbs/04_train.ipynb #04-031
 def train(
     model: CaptionModel,       # is trained in place; afterwards it holds the last epoch's weights
     table: pd.DataFrame,       # image, caption, split ('train' is learned, 'val' is validated on)
@@ -208,7 +208,7 @@ def train(
     model.eval()
     return pd.DataFrame(run.history)
 
-# %% ../nbs/04_train.ipynb #04-029
+# %% ../nbs/04_train.ipynb #04-032
 class _Run:
     "Where a training run is: epoch, step within it, losses so far"
     def __init__(self, model, optimizer, config, captions, folder):
@@ -249,7 +249,7 @@ class _Run:
         self.epoch, self.step = self.epoch + 1, 0
         pd.DataFrame(self.history).to_csv(self.folder/'history.csv', index=False); self.save()
 
-# %% ../nbs/04_train.ipynb #04-033
+# %% ../nbs/04_train.ipynb #04-036
 class LivePlot:
     "A `report` for `train` that draws the losses in the notebook as they come"
     shown = None

@@ -1,15 +1,21 @@
 "clipcap.embed where a lesson would drown in it: every family of towers, kill -9, damage, a look-alike of the Hub"
-import hashlib, http.server, json, os, subprocess, sys, textwrap, threading, time, warnings
+import hashlib, http.server, io, json, os, shutil, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (AutoImageProcessor, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel, Dinov2Config,
+from transformers import (AutoImageProcessor, AutoModel, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel, Dinov2Config,
     Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, GPT2Config, GPT2Model, MobileNetV2Config, MobileNetV2Model, ResNetConfig,
     ResNetModel, SiglipConfig, SiglipModel, SwinConfig, SwinModel, ViTConfig, ViTForImageClassification, ViTModel)
 from clipcap.data import ClipcapError
 from clipcap.embed import FeatureStore, VisionTower, embed_images, load_vision_model, read_ahead
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "Such small models only lose by several threads"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1); yield; torch.set_num_threads(threads)
 
 root = Path(__file__).resolve().parent.parent
 text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -69,8 +75,7 @@ def refuses(*what):
 # ---- towers
 @pytest.mark.parametrize('name', families)
 def test_family(name, folders, capfd):
-    original = families[name][0]().eval()
-    original = type(original).from_pretrained(folders[name]).eval()
+    original = AutoModel.from_pretrained(folders[name]).eval()
     capfd.readouterr()
     towers = {kind: VisionTower.from_pretrained(folders[name], kind, device='cpu') for kind in ('pooled', 'grid')}
     assert capfd.readouterr() == ('', ''), 'loading is silent'
@@ -125,12 +130,11 @@ def test_what_was_never_trained_is_not_used(tmp_path):
     with refuses('vit', 'missing'): load_vision_model(tmp_path/'vit')
 
 def test_refusals(tmp_path, folders):
-    with refuses('./nothing', 'no such folder', 'config.json'): load_vision_model('./nothing')
-    with refuses('some/model', 'the name of a vision model on the Hub'): load_vision_model('some/model')   # HF_HUB_OFFLINE, see conftest.py
+    with refuses('./nothing', 'no such folder', 'give a folder'): load_vision_model('./nothing')
+    with refuses('some/model', 'a vision model of the Hub'): load_vision_model('some/model')   # HF_HUB_OFFLINE, see conftest.py
     (tmp_path/'empty').mkdir()
     with refuses('empty'): load_vision_model(tmp_path/'empty')
     with refuses('gpt2', 'does not see photos'): load_vision_model(write_tower(tmp_path/'gpt2', GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1)), '', {}))
-    import shutil
     bare = shutil.copytree(folders['vit'], tmp_path/'bare'); (bare/'preprocessor_config.json').unlink()
     with refuses('bare', 'preprocessor_config.json'): load_vision_model(bare)
     cut = shutil.copytree(folders['vit'], tmp_path/'cut'); (cut/'model.safetensors').write_bytes((cut/'model.safetensors').read_bytes()[:999])
@@ -167,6 +171,8 @@ def test_names_duplicates_and_order(tmp_path, photos, tower, capfd):
     assert store.names == ['03.png', '01.png', '00.png'] and len(store) == 3 and store.rows(['00.png', '03.png']).tolist() == [2, 0]
     assert 'photos' in capfd.readouterr().err   # the bar
     assert store[[2, 0]].shape == (2, tower.cells, tower.dim) and store.features.dtype == np.float16 and isinstance(store.features, np.memmap)
+    for index in 1, -1, slice(0, 2), [2, 2, 0], np.array([True, False, True]): assert np.array_equal(store[index], store.features[index])
+    with pytest.raises(IndexError): store[3]
     alone = embed_images(tower, photos[1:2], tmp_path/'b', progress=False)
     np.testing.assert_allclose(alone[0], store[1], atol=2e-3, rtol=2e-3)
     named = embed_images(tower, photos[:2], tmp_path/'c', root=photos[0].parent.parent, progress=False)
@@ -209,9 +215,9 @@ def test_damage_is_noticed(tmp_path, photos, tower):
         manifest.write_text(whole[0]); rows.write_bytes(whole[1])
     damaged(manifest, whole[0].encode()[:50]); damaged(manifest, b'[]'); damaged(manifest, b'{}')
     damaged(rows, whole[1][:-1]); damaged(rows, b''); damaged(rows, b'not an array')
-    import io
     np.save(pickled := io.BytesIO(), np.array([{}], dtype=object), allow_pickle=True); damaged(rows, pickled.getvalue())
-    np.save(smaller := io.BytesIO(), np.zeros((5, 2, 2), np.float16)); damaged(rows, smaller.getvalue())
+    for other in np.zeros((5, 2, 2), np.float16), np.zeros((4, *store[0].shape), np.float16), np.zeros((5, *store[0].shape), np.float32):
+        np.save(array := io.BytesIO(), other); damaged(rows, array.getvalue())
     manifest.unlink()
     with refuses('features.npy'): embed_images(tower, photos, store.folder)   # somebody else's array is not written over
     assert rows.read_bytes() == whole[1]
@@ -240,8 +246,9 @@ def test_a_large_store_opens_at_once_and_stays_on_disk(tmp_path):
     store = FeatureStore.open(tmp_path, 'f')
     rows = store.rows(names[::7])
     assert time.process_time() - start < 1 and rows[-1] == 99_995
-    for batch in np.random.default_rng(0).permutation(rows)[:6400].reshape(-1, 64): assert store[batch].shape == (64, cells, dim)   # 320 MB
-    assert memory() - before < 120e6, f'{(memory() - before)/1e6:.0f} MB more'
+    opened = memory()
+    for batch in np.random.default_rng(0).permutation(rows)[:1024].reshape(-1, 64): assert store[batch].shape == (64, cells, dim)   # 51 MB
+    assert opened - before < 60e6 and memory() - opened < 20e6, f'{(opened - before)/1e6:.0f} and {(memory() - opened)/1e6:.0f} MB more'
 
 # ---- kill -9
 killed = '''
@@ -276,7 +283,7 @@ for die_at in map(int, sys.argv[4:]):
     print(die_at, run(str(die_at), die_at), flush=True)
     try: embed.FeatureStore.open(stores/str(die_at)); print('taken for whole')
     except embed.ClipcapError: pass
-    run(str(die_at), 5); run(str(die_at), 8)   # and killed twice more
+    run(str(die_at), 8)   # and killed once more
     assert run(str(die_at)) == 0
 print(tower.fingerprint)
 '''
@@ -285,7 +292,7 @@ def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path, folders, ph
     (tmp_path/'photos').mkdir(); (tmp_path/'stores').mkdir()
     for p in photos[:22]: (tmp_path/'photos'/p.name).write_bytes(p.read_bytes())
     (tmp_path/'photos'/'05.png').write_bytes(b'broken')
-    points = ['1', '2', '3', '5', '7', '8', '9', '13', '20', '22', '24']   # a start has 6 steps, every batch 3, the end 3
+    points = ['1', '2', '3', '5', '8', '9', '13', '22', '24']   # a start has 6 steps, every batch 3, the end 3
     run = subprocess.run([sys.executable, '-c', killed, folders['resnet'], tmp_path/'photos', tmp_path/'stores', *points], text=True, capture_output=True, cwd=root)
     assert run.returncode == 0, run.stderr
     *lines, fingerprint = run.stdout.splitlines()
