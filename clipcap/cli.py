@@ -36,7 +36,7 @@ class Commands(TyperGroup):
             try: return super().invoke(ctx)
             except Exception as error:   # a pipe is broken where its reader, `head` for one, has seen enough
                 if isinstance(error, BrokenPipeError) or not {kind.__name__ for kind in type(error).__mro__}.intersection(EXPECTED): raise
-                complain(': '.join(str(part) for part in (getattr(error, 'filename', ''), getattr(error, 'strerror', '')) if part) or str(error) or type(error).__name__)
+                complain(': '.join(str(part) for part in (getattr(error, 'filename', ''), getattr(error, 'strerror', '')) if part) or str(error) or 'out of memory')
                 raise typer.Exit(1) from None
 
 # %% ../nbs/13_cli.ipynb #13-006
@@ -55,7 +55,7 @@ def main():
     for stream in sys.stdout, sys.stderr: stream.reconfigure(errors='backslashreplace')   # names of any bytes, terminals of any alphabet
     app(prog_name='clipcap')
 
-# %% ../nbs/13_cli.ipynb #13-008
+# %% ../nbs/13_cli.ipynb #13-009
 def find_photos(
     given: list[str],          # photos, folders, patterns, addresses
 ) -> tuple[list[str], list]:   # the photos, a folder's in the order of their names; and a ClipcapError for all that is none
@@ -79,7 +79,7 @@ def file_name(
     taken.add(name.lower())
     return name
 
-# %% ../nbs/13_cli.ipynb #13-011
+# %% ../nbs/13_cli.ipynb #13-012
 def write_captions(
     results,      # (photo, its candidates), as they come
     format: str,  # 'txt', 'json' or 'csv'
@@ -98,7 +98,7 @@ def write_captions(
     finally:
         if format == 'json': print('\n]' if mark == ',\n' else '[]')
 
-# %% ../nbs/13_cli.ipynb #13-013
+# %% ../nbs/13_cli.ipynb #13-014
 Model = Annotated[str, typer.Option(help='A bundled model, the folder of one, or owner/name on the Hugging Face Hub.')]
 Device = Annotated[str|None, typer.Option(help='cpu, cuda, ...; cuda is taken where there is one.', show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help='How many at once.')]
@@ -113,7 +113,7 @@ def _captions(captioner, photos, options, faults, render):
         if render: save_image(draw_caption(photo, as_sentence(found[0].text)), render/file_name(photo, taken))
         yield photo, found
 
-# %% ../nbs/13_cli.ipynb #13-014
+# %% ../nbs/13_cli.ipynb #13-015
 @app.command()
 def caption(
     photos: Annotated[list[str], typer.Argument(metavar='PHOTO', help='Photos, folders, patterns or addresses.', show_default=False)],
@@ -140,7 +140,7 @@ def caption(
     if faults and everything > 1: complain(f'{len(faults)} of {everything} could not be captioned')
     if faults: raise typer.Exit(1)
 
-# %% ../nbs/13_cli.ipynb #13-019
+# %% ../nbs/13_cli.ipynb #13-020
 @app.command()
 def demo(output: Annotated[Path, typer.Option(metavar='DIR|FILE', help='Where the picture goes.')]=Path('clipcap-demo.png'), device: Device=None):
     "Caption a photo and some drawn scenes, offline, and show them in one picture."
@@ -153,7 +153,7 @@ def demo(output: Annotated[Path, typer.Option(metavar='DIR|FILE', help='Where th
     file = save_image(contact_sheet([*photos.values()], map(as_sentence, captions)), output if output.suffix and not output.is_dir() else output/'clipcap-demo.png')
     typer.echo(f'The same as a picture: {file}')
 
-# %% ../nbs/13_cli.ipynb #13-022
+# %% ../nbs/13_cli.ipynb #13-023
 def describe(table):   # image, caption, split -> one row a split, and all
     "Counts of a data set"
     import pandas as pd
@@ -174,7 +174,7 @@ def data(
     table, photos = read_dataset(folder)
     typer.echo(f'photos in {photos}\n{describe(table).to_string()}')
 
-# %% ../nbs/13_cli.ipynb #13-025
+# %% ../nbs/13_cli.ipynb #13-026
 Tower = Annotated[str|None, typer.Option(help='A vision model, by folder or name on the Hub, or a caption model whose tower is meant. That of the bundled model where none is given.', show_default=False)]
 Features = Annotated[Literal['grid', 'pooled', 'projected']|None, typer.Option(help='What to keep of what the tower sees; projected: CLIP only.', show_default=False)]
 ImageSize = Annotated[int|None, typer.Option(min=1, help='Squash photos to this many pixels a side, instead of what the tower does by itself.', show_default=False)]
@@ -194,12 +194,11 @@ def embed(
     typer.echo(f'{output}: {len(store)} photos, {store.cells} x {store.dim} numbers each')
     if store.skipped: complain(f'{len(store.skipped)} photos could not be embedded'); raise typer.Exit(1)
 
-# %% ../nbs/13_cli.ipynb #13-027
+# %% ../nbs/13_cli.ipynb #13-028
 def _beginning(folder, tower, new, language, mapper, prefix_length, freeze):
     "The caption model in the folder, with another language model where one is named, and with a new mapper where one is needed"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from clipcap.data import ClipcapError
-    from clipcap.embed import quiet
+    from clipcap.embed import ClipcapError, quiet
     from clipcap.model import CaptionModel, MapperConfig
     model = CaptionModel.from_pretrained(folder)
     writer, tokenizer = model.language, model.tokenizer
@@ -223,7 +222,7 @@ Rate = Annotated[float, typer.Option(help='Peak learning rate.')]
 Smoothing = Annotated[float, typer.Option(help='Share of each target that is spread over all tokens.')]
 Precision = Annotated[Literal['fp32', 'bf16'], typer.Option(help='bf16 is faster on most GPUs.')]
 
-# %% ../nbs/13_cli.ipynb #13-028
+# %% ../nbs/13_cli.ipynb #13-029
 @app.command()
 def train(data: DataSet, output: Run, store: Store=None, model: Start='tiny', tower: Tower=None, features: Features=None, image_size: ImageSize=None,
           language: Language=None, freeze_language: Frozen=False, mapper: Mapper=None, prefix_length: Prefix=None,
@@ -245,6 +244,6 @@ def train(data: DataSet, output: Run, store: Store=None, model: Start='tiny', to
     train(start, table[table.image.isin(kept.names)], kept, config, output, eyes, tell, bar)
     typer.echo(f'Now try: clipcap caption photo.jpg --model {output/"best"}')
 
-# %% ../nbs/13_cli.ipynb #13-030
+# %% ../nbs/13_cli.ipynb #13-031
 #| eval: false
 if __name__ == '__main__': main()

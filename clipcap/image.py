@@ -59,7 +59,8 @@ def load_tower(
     if own is None: raise ClipcapError(f"the model in '{folder}' was saved without its vision tower: save it again with `tower`")
     try: torch.zeros(1, device=device)
     except (RuntimeError, AssertionError): raise ClipcapError(f"device '{device}': this machine has no such device; cpu works everywhere") from None
-    return VisionTower.from_pretrained(folder/'vision' if own else name, features or own.get('features', 'grid'), image_size or own.get("image_size"), device, own.get("cells") or 49)
+    cells = own.get('cells', 49) if features in (None, own.get('features')) else 49   # its grid may be a coarse one
+    return VisionTower.from_pretrained(folder/'vision' if own else name, features or own.get('features', 'grid'), image_size or own.get('image_size'), device, cells)
 
 # %% ../nbs/06_image.ipynb #06-014
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def caption_features(
     options: GenerationOptions,  # how to decode, and how many captions a photo
 ) -> list[list[Candidate]]:      # for each photo, best first
     "Captions with their scores"
+    seen, wanted = tuple(features.shape[1:]), (model.config.cells, model.config.feature_dim)
+    if seen != wanted: raise ClipcapError(f'features of {seen[0]} x {seen[1]} numbers a photo: this model wants {wanted[0]} x {wanted[1]}; use its own tower')
     texts = generate_captions(model, features, options)
     pairs = zip(texts, score_captions(model, features, texts))
     return [sorted(map(Candidate, *pair), key=lambda candidate: -candidate.score) for pair in pairs]
@@ -84,16 +87,14 @@ class Captioner:
     def __init__(self,
         name: str|Path='tiny',  # as for `find_model`
         device: str=None,       # cpu, cuda, ...; None = cuda where there is one
-        batch_size: int=16,     # photos captioned together
-    ):
+        batch_size: int=16):    # photos captioned together
         folder, self.batch_size = find_model(name), batch_size
         self.model, self.tower = CaptionModel.from_pretrained(folder), load_tower(folder, device=device)
         self.model.to(self.tower.model.device)
 
     def stream(self, sources: list, options: GenerationOptions=GenerationOptions()):
         "Caption many photos (whatever `open_image` takes): yields (source, its candidates, best first, or the ClipcapError), in order"
-        read = lambda source: self.tower.preprocess([open_image(source)])[0]
-        for batch in read_ahead(list(sources), read, self.batch_size):
+        for batch in read_ahead(list(sources), lambda source: self.tower.preprocess([open_image(source)])[0], self.batch_size):
             pixels = [made for _, made in batch if not isinstance(made, ClipcapError)]
             found = iter(caption_features(self.model, self.tower(torch.stack(pixels)), options) if pixels else [])
             for source, made in batch: yield source, made if isinstance(made, ClipcapError) else next(found)
@@ -147,6 +148,7 @@ def draw_caption(
     ImageDraw.Draw(picture).multiline_text((margin, photo.height + margin), text, '#222222', font, spacing=size//3)
     return picture
 
+# %% ../nbs/06_image.ipynb #06-033
 def contact_sheet(
     images: list,         # whatever `open_image` takes
     captions: list[str],  # one for each
@@ -162,7 +164,7 @@ def contact_sheet(
         for c, tile in enumerate(row): sheet.paste(tile, (gap + c*(width + gap), gap + sum(heights[:r]) + r*gap))
     return sheet
 
-# %% ../nbs/06_image.ipynb #06-035
+# %% ../nbs/06_image.ipynb #06-036
 def save_image(
     picture: Image.Image,  # RGB
     path: str|Path,        # its suffix says the format; folders are made, an older file is replaced

@@ -196,8 +196,7 @@ def train(
     splits = {s: table[table.split == s] for s in ('train', 'val')}
     learn = TokenisedCaptions(splits['train'], store, model.tokenizer, config.max_tokens)
     check = TokenisedCaptions(splits['val'], store, model.tokenizer, config.max_tokens) if len(splits['val']) else None
-    settings = asdict(config) | dict(mapper=asdict(model.config), captions=len(learn), features=getattr(store, 'fingerprint', None))
-    _check_same_run(folder, settings)
+    _check_same_run(folder, asdict(config) | dict(mapper=asdict(model.config), captions=len(learn), features=getattr(store, 'fingerprint', None)))
     if store is not None: _standardise(model.mapper, learn)
     torch.manual_seed(config.seed)
     run = _Run(model, make_optimizer(model, config), config, learn, folder)
