@@ -71,6 +71,7 @@ def make_student(
     from transformers import ResNetConfig, ResNetModel
     return ResNetModel(ResNetConfig(embedding_size=widths[0]//2, hidden_sizes=list(widths), depths=list(depths), layer_type='basic'))
 
+# %% ../nbs/12_tiny.ipynb #12-student-b
 class Distillation(nn.Module):
     "A pupil, and the two matrices that lead from its features to the teacher's"
     def __init__(self,
