@@ -201,8 +201,8 @@ def train(
     torch.manual_seed(config.seed)
     run = _Run(model, make_optimizer(model, config), config, learn, folder)
     while run.epoch < config.epochs:
-        run.one_epoch(progress)
-        run.close_epoch(validation_loss(model, check) if check else run.train_loss, tower)
+        _one_epoch(run, progress)
+        _close_epoch(run, validation_loss(model, check) if check else run.train_loss, tower)
         if report: report(pd.DataFrame(run.history))
     model.eval()
     return pd.DataFrame(run.history)
@@ -219,34 +219,37 @@ class _Run:
     def save(self):
         save_checkpoint(self.last, self.model, self.optimizer, {k: getattr(self, k) for k in ('epoch', 'step', 'train_loss', 'best', 'history')})
 
-    def one_step(self, which):
-        features, ids, mask = (t.to(self.model.mapper.mean.device) for t in self.captions.batch(which))
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(self.epoch*self.steps + self.step, self.config.epochs*self.steps, self.config.rate, self.config.warmup)
-        bf16 = torch.autocast(ids.device.type, torch.bfloat16) if self.config.precision == 'bf16' else nullcontext()
-        with bf16: loss = self.model(features, ids, mask, self.config.label_smoothing)
-        self.optimizer.zero_grad(); loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step(); self.step += 1
-        loss = loss.item()
-        self.train_loss = loss if self.train_loss is None else 0.98*self.train_loss + 0.02*loss
+# %% ../nbs/04_train.ipynb #04-run-b
+def _one_step(run, which):
+    "One batch, one step of the optimiser"
+    features, ids, mask = (t.to(run.model.mapper.mean.device) for t in run.captions.batch(which))
+    for group in run.optimizer.param_groups:
+        group['lr'] = learning_rate(run.epoch*run.steps + run.step, run.config.epochs*run.steps, run.config.rate, run.config.warmup)
+    bf16 = torch.autocast(ids.device.type, torch.bfloat16) if run.config.precision == 'bf16' else nullcontext()
+    with bf16: loss = run.model(features, ids, mask, run.config.label_smoothing)
+    run.optimizer.zero_grad(); loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
+    run.optimizer.step(); run.step += 1
+    loss = loss.item()
+    run.train_loss = loss if run.train_loss is None else 0.98*run.train_loss + 0.02*loss
 
-    def one_epoch(self, progress):
-        from time import perf_counter
-        from tqdm.auto import tqdm
-        self.model.train(); began, first = perf_counter(), self.step
-        batches = batches_by_length(self.captions.lengths, self.config.batch_size, self.config.seed, self.epoch)
-        with tqdm(total=len(batches), initial=first, desc=f'epoch {self.epoch + 1}/{self.config.epochs}', disable=not progress, unit='step') as bar:
-            for which in batches[first:]:
-                self.one_step(which); bar.update(); bar.set_postfix(loss=f'{self.train_loss:.3f}', refresh=False)
-                if self.step % self.config.save_every == 0: self.save()
-        self.speed = sum(map(len, batches[first:]))/max(perf_counter() - began, 1e-9)
+# %% ../nbs/04_train.ipynb #04-run-c
+def _one_epoch(run, progress):
+    from time import perf_counter
+    from tqdm.auto import tqdm
+    run.model.train(); began, first = perf_counter(), run.step
+    batches = batches_by_length(run.captions.lengths, run.config.batch_size, run.config.seed, run.epoch)
+    with tqdm(total=len(batches), initial=first, desc=f'epoch {run.epoch + 1}/{run.config.epochs}', disable=not progress, unit='step') as bar:
+        for which in batches[first:]:
+            _one_step(run, which); bar.update(); bar.set_postfix(loss=f'{run.train_loss:.3f}', refresh=False)
+            if run.step % run.config.save_every == 0: run.save()
+    run.speed = sum(map(len, batches[first:]))/max(perf_counter() - began, 1e-9)
 
-    def close_epoch(self, loss, tower):
-        self.history.append(dict(epoch=self.epoch + 1, train_loss=self.train_loss, val_loss=loss, captions_per_second=round(self.speed)))
-        if self.best is None or loss < self.best: self.best = loss; self.model.save_pretrained(self.folder/'best', tower)
-        self.epoch, self.step = self.epoch + 1, 0
-        pd.DataFrame(self.history).to_csv(self.folder/'history.csv', index=False); self.save()
+def _close_epoch(run, loss, tower):
+    run.history.append(dict(epoch=run.epoch + 1, train_loss=run.train_loss, val_loss=loss, captions_per_second=round(run.speed)))
+    if run.best is None or loss < run.best: run.best = loss; run.model.save_pretrained(run.folder/'best', tower)
+    run.epoch, run.step = run.epoch + 1, 0
+    pd.DataFrame(run.history).to_csv(run.folder/'history.csv', index=False); run.save()
 
 # %% ../nbs/04_train.ipynb #04-036
 class LivePlot:
