@@ -115,6 +115,14 @@ def _batches(repeats, config):
     order = np.concatenate([np.random.default_rng((config.seed, epoch)).permutation(shown) for epoch in range(epochs)])
     return [np.sort(order[i*config.batch_size:(i + 1)*config.batch_size]) for i in range(config.steps)]
 
+def _reader(photos, targets):
+    "Reads pixels from -1 to 1, and the teacher's maps, of some rows"
+    side = math.isqrt(targets.cells)
+    def read(rows):
+        pixels = torch.as_tensor(np.array(photos[rows])).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        return pixels, torch.as_tensor(targets[rows].astype(np.float32)).transpose(1, 2).unflatten(2, (side, side))
+    return read
+
 # %% ../nbs/12_tiny.ipynb #12-017
 def distill(
     lesson: Distillation,     # is trained in place
@@ -127,20 +135,17 @@ def distill(
 ) -> pd.DataFrame:            # step, size, cells, pooled: smoothed agreement with the teacher
     "Teach a small tower to see as a large one does"
     from tqdm.auto import tqdm
-    steps, side = config.steps, math.isqrt(targets.cells)
     groups = [dict(params=[p for p in lesson.parameters() if p.ndim > 1]), dict(params=[p for p in lesson.parameters() if p.ndim <= 1], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=config.weight_decay)
     file, done, smooth, history = Path(folder)/'distill.safetensors', 0, None, []
     file.parent.mkdir(parents=True, exist_ok=True); torch.manual_seed(config.seed); lesson.train()
     if file.exists(): done, smooth, history = load_checkpoint(file, lesson, optimizer).values()
-    def read(rows):
-        pixels = torch.as_tensor(np.array(photos[rows])).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        return pixels, torch.as_tensor(targets[rows].astype(np.float32)).transpose(1, 2).unflatten(2, (side, side))
-    for step, ((_, (pixels, maps)),) in enumerate(tqdm(read_ahead(_batches(repeats, config)[done:], read, 1), total=steps, initial=done, disable=not progress), done):
-        size = [s for start, s in config.sizes if step >= start*steps][-1]
-        smooth = _one_lesson(lesson, optimizer, pixels, maps, size, learning_rate(step, steps, config.rate), config.precision, smooth)
-        if step % 25 == 0 or step == steps - 1: history.append(dict(step=step, size=size, cells=smooth[0], pooled=smooth[1]))
-        if (step + 1) % config.save_every == 0 or step == steps - 1:
+    read = _reader(photos, targets)
+    for step, ((_, (pixels, maps)),) in enumerate(tqdm(read_ahead(_batches(repeats, config)[done:], read, 1), total=config.steps, initial=done, disable=not progress), done):
+        size = [s for start, s in config.sizes if step >= start*config.steps][-1]
+        smooth = _one_lesson(lesson, optimizer, pixels, maps, size, learning_rate(step, config.steps, config.rate), config.precision, smooth)
+        if step % 25 == 0 or step == config.steps - 1: history.append(dict(step=step, size=size, cells=smooth[0], pooled=smooth[1]))
+        if (step + 1) % config.save_every == 0 or step == config.steps - 1:
             save_checkpoint(file, lesson, optimizer, dict(done=step + 1, smooth=smooth, history=history))
     lesson.eval()
     return pd.DataFrame(history)
