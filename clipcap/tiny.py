@@ -211,6 +211,7 @@ class TinyConfig:
     captions: TrainConfig = TrainConfig(epochs=7, batch_size=128, rate=1.2e-3, weight_decay=0.05, label_smoothing=0.1, precision='bf16')
     reward: RewardConfig = RewardConfig()          # whole captions
 
+# %% ../nbs/12_tiny.ipynb #12-029-1
 def make_tower(
     shown: dict[Path, int],  # photos, and how often each is shown an epoch
     teacher: VisionTower,    # with grid features, of photos squashed to config.size
@@ -255,6 +256,7 @@ def make_captioner(
     self_critical(model, table, store, config.reward)
     return model
 
+# %% ../nbs/12_tiny.ipynb #12-030-1
 def make_tiny(
     captioned: str|Path,       # a data set's folder: photos, captions, splits (Flickr8k)
     unlabelled: dict,          # folders with photos of anything, and how often these are shown an epoch
