@@ -16,71 +16,62 @@ from pycocoevalcap.rouge.rouge import Rouge
 from .data import ClipcapError
 
 # %% ../nbs/05_evaluate.ipynb #05-005
-def _any(words, case='(?i:{}{})'):
-    "A pattern for these words, in small letters or capitals"
-    return '(?:' + '|'.join(case.format(word[0], word[1:]) for word in sorted(words.split(), reverse=True)) + ')'
+_short = set("""mr mrs ms dr prof profs rev hon gen col maj capt cmdr lt lieut sgt cpl pvt gov sen rep pres atty esq jr sr messrs mme mlle
+    st ste ave blvd rd sq mt ft bldg dept univ co cos corp inc ltd bros assn est etc vs al cf ct
+    jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri ala ariz calif colo conn fla ga ind kan kans ky md mich minn
+    mo mont neb nev okla penn tenn va vt wis wisc wyo""".split())
+_states, _numbered = set('Ark Del Ill La Mass Miss Ore Pa Tex Wash'.split()), set('no nos fig figs art ca op pp prop'.split())
+_openings = set("""A The An There One This Many Some In These Here At While It They He As She We You What About After That When Their Then If So
+    Such More Other Our Now""".split())   # the commonest first
+_letter = '[A-Za-zªµºÀ-ÖØ-öø-ͽͿ-῿぀-퟿]'    # of any alphabet
+_any = _letter[:-1] + '0-9]'                # a letter or a digit
+_stop = re.compile(rf'(?<![\w.-])({_any}+)\.(?!{_letter})(?=(\s?)([,;:]|\w*)(\s?))')
 
-def _names(words): return _any(words.title(), '{}(?i:{})')   # with a capital only
-
-_abbreviation = _any(r'''adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros calif capt cf cie cmdr co
-  col colo conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl jan jos jr jul jun
-  kan kans ky lieut lt ltd maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph plc ph\.d pres prof
-  profs pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc
-  wm wyo''')
-_state = _names('ark az del ill la mass miss ore pa tex wash')   # in small letters they are words
-_numbered = _any('art ca fig figs no nos op pp prop')           # abbreviations before a number only
-_opening = _names('''a about according additionally after an as at but earlier he her here however if in it last many more mr ms now once one other our
-  she since so some such that the their then there these they this we what when while yet you''')   # they open the next sentence
-
-_accents = '\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065f\u0900-\u0903\u093c-\u094d\u0951-\u0954\u09bc-\u09cd\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u2010\u2011'
-_raised = '²³¹¼-¾\u2070-\u209c\u2150-\u218b\u2460-\u24ff\u2776-\u2793'
-_L, _A = rf'[^\W\d_{_raised}]', rf'(?:[^\W_{_raised}]|[{_accents}])'   # a letter; a letter or a digit
-_Q, _E = "['’‘`]", r'(?:(?i:[smd]|ll|re|ve)(?![A-Za-z]))'                # an apostrophe; an ending it cuts off: 's 'm 'd 'll 're 've
+def _mark_stop(match):
+    "A word with its full stop as a one-dot leader where the two belong together, else as they are"
+    word, gap, follows, end = match.groups()
+    own = (word in _states or word.lower() in _short or word.lower() in _numbered and follows[:1].isdigit()
+           or len(word) == 1 and word.isalpha() and not (gap and end and follows in _openings) or not gap and follows in {',', ';', ':'})
+    return f'{word}\u2024' if own else match[0]
 
 # %% ../nbs/05_evaluate.ipynb #05-007
-_special = rf'''                                                       # tags, addresses, handles, smileys
-  <[!?][A-Za-z-][^<>\n]*> | </?[A-Za-z][\w:.-]*(?:\ +[\w:-]+(?:\ ?=\ ?(?:"[^<>"\n]*"|'[^<>'\n]*'))?)*\ ?/?>
-| https?://[^\s<>"|()]+\.[^\s<>"|()]*[^\s<>"|().,!?;:'\]-] | (?:[A-Za-z0-9]+\.)+(?:com|net|org|edu)/[^\s<>"|()]*[^\s<>"|().,!?;:'-]
-| <?[A-Za-z0-9][^\s"<>|(){{}}]*@(?:[^\s"<>|(){{}}.]+\.)*[^\s"<>|(){{}}.]+>? | @[A-Za-z_][A-Za-z0-9_]* | @@+
-| [CcFf]\# | [Cc]\+\+ | \#(?:{_L}+|\#+) | [<>]?[:;=][-o*']?[][()\\{{@|DPdpO](?![A-Za-z0-9]) | [-^=~<>']_[-^x=~<>']'''
-_clitic = rf'''                                                        # do|n't, dog|'s, rock|'n'|roll, 'em, '90s, 't|is
-  [A-Za-z]+?(?<![nN])(?=[nN]{_Q}[tT]) | [A-HJ-XZn]{_Q}(?!{_E}){_L}{_L}+ | [nN]{_Q}[tT]
-| [`‘’‛“”«»‹›]{{2}} | '' | '{_E} | ’(?i:[smd]|ll|re|ve) | ’n['’]? | '[nN]'?(?=\s|\Z) | 'n'
-| ['’](?i:em|till?|cause) | ['’][2-9]0[sS] | ['’]\d\d(?=\s|\Z) | 't(?=is|was)
-| [A-Za-z](?:(?<=[cC])['’](?i:est|mon)|(?<=[eE])['’](?i:er)|(?i:(?<=d)unkin|(?<=s)omethin|(?<=o)l)['’](?!{_E}))'''
-_number = rf'''                                                        # 555-1234, 1 1/2, 9/11/01, 1,000, 12:30, -5
-  (?:\(\d\d\d?\)\ ?|(?:\+\+?)?(?:\d{{2,4}}[-\ ])?\d{{2,4}}[-\ ])\d{{3,4}}[-\ ]?\d{{3,5}}(?!{_A})
-| (?:\d+[-\ ])?\d+/\d+(?:/\d+)?(?![\w/]) | [+-]?\d+(?:[.,:]\d+)+(?![.,:]?\d|-{_A}) | [+-]?[.,:]\d+(?:[.,:]\d+)* | [+-]\d+'''
-_word = rf'''                                                          # black/white, o'clock, t-shirt, U.S., Mr., x.com, B&B, ma'am
-  [A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}){{1,2}}(?![A-Za-z0-9])
-| (?:{_A}+-)*[dDlLoO]{_Q}(?!{_E}){_A}{_A}+(?:-{_A}+)* | (?:{_A}+-)+(?:{_L}\.){{2,}} | {_A}(?:{_A}|[.,])*-{_A}+(?:[-_]{_A}+)*(?:\.(?=[,:;]))?
-| {_L}(?:\.{_L})+(?!\.?{_L})\.? | (?:{_abbreviation}|{_state}|{_numbered}(?=\.\s?\d))\.(?!{_L}) | {_L}{_A}*(?:[.!?]{_L}{_A}*)+
-| [A-Za-z]\.(?!\s(?:\s|<[A-Za-z!/]|{_opening}\s)) | [A-Z]+(?:[&+][A-Z]+)+ | [A-Z]+\$ | {_L}{_L}+(?<=[aeiouyAEIOUY]){_Q}(?!{_E})[aeiouA-Z]{_L}*
-| [lLdDjJ]['’](?!(?i:[smd]|ll|re|ve)) | [yY]['’](?!(?i:[smd]|ll|re|ve))(?={_L}) | {_A}+(?:[-_]{_A}+)*(?:\.(?=[,:;]))?'''
-_sign = r'''\.\.\. | -+ | [?!]+ | \*+ | _+ | <<|>> | &(?:\#\d+|[aeiouAEIOU](?:acute|grave|uml)|(?i:lt|gt|quot|nbsp|[mn]dash));
-| [!-~¡-߸\u2010-\u2044\u207a-\u20a0₤€\u2100-\u2bff！-￡]'''
-_token = re.compile(rf'[ ]*({_L}+(?=[ \n]|,[ \n]) | \n | {_special} | {_clitic} | {_number} | {_word} | {_sign})', re.X)
+_quote, _ending = "['’‘`]", r'(?:(?i:[smd]|ll|re|ve)(?![A-Za-z]))'    # an apostrophe, and what one cuts off: 's 'm 'd 'll 're 've
+_whole = rf"""https?://\S*[\w/] | {_any}[\w.'-]*@[\w.-]*{_any}        # addresses
+| @[A-Za-z_]\w* | \#{_letter}+ | [CcFf]\# | [Cc]\+\+ | [A-Z]+\$     # @joe #fun C# C++ US$
+| [:;=]-?[()DdPp](?!{_any}) | \^_\^ | -_- | </?[A-Za-z][^<>\n]*>    # faces, and tags of a web page
+| (?:\(\d{{3}}\)\s?)?\d{{3}}-\d{{4}}(?!\d)                          # telephones: (555) 123-4567
+| (?:\d+[ ])?\d+/\d+(?:/\d+)?(?!\w) | [-+]\d+                       # 1 1/2, 9/11/01, -5
+| [-+]?\d*(?:[.,:]\d+)+(?![.,:]?\d|-{_any})                         # 1,000 and 12:30
+| (?:{_any}+-)*(?:{_letter}\.){{2,}}(?:-{_any}+)?(?!{_letter})       # U.S., non-U.S.
+| (?i:ph\.d\.) | {_any}+\u2024 | [A-Z]+(?:&[A-Z]+)+                 # Mr., and AT&T
+| {_letter}{_any}*(?:[.?!]{_letter}{_any}*)+                        # x.com; and the space forgotten.Like this
+| {_any}+(?:-{_letter}+)*(?:/{_any}+(?:-{_letter}+)*){{1,2}}(?!{_any})  # black/white"""
+_apart = rf"""[A-Za-z]*[A-MO-Za-mo-z](?=[nN]{_quote}[tT]) | ['’]{_ending}                       # do|n't, dog|'s
+| (?![IY])[A-Zdlon]{_quote}(?!{_ending}){_letter}{{2,}} | [nN]{_quote}[tT] | [yY]['’](?={_letter})   # O'Neill, y'|all
+| (?i:c'mon|e'er|dunkin'|\bol' | ['’](?:em|till?|cause)\b) | 't(?=is|was)                   # their apostrophe is theirs
+| ['’]n['’] | '[nN](?=\s|\Z) | '\d\d(?=\s|\Z) | ['’]\d0[sS]                                         # rock|'n'|roll, '09, '90s"""
+_word = rf"""{_letter}+[aeiouy]{_quote}(?!{_ending})[aeiouA-Z]{_letter}*                      # ma'am
+| {_any}+(?:[.,]{_any}+)*-{_any}+(?:[-_]{_any}+)* | {_any}+(?:_{_any}+)*                      # t-shirt, and all plain words"""
+_sign = r'\.\.\. | -+ | [?!]+ | \*+ | _+ | &(?:\#\d+|[lg]t|quot|nbsp|[mn]dash); | \S'
+_token = re.compile('[ ]*(' + '\n|'.join([rf'{_letter}+(?=[ \n]|,[ \n]) | \n', _whole, _apart, _word, _sign]) + ')', re.X)
 
 # %% ../nbs/05_evaluate.ipynb #05-010
-_plain_quotes = dict(zip('`‘’‛“”«»‹›', "` ` ' ` `` '' `` '' ` '".split()))
-_written = {'[': '-lsb-', ']': '-rsb-', '{': '-lcb-', '}': '-rcb-', '½': '1/2', '¼': '1/4', '¾': '3/4', '⅓': '1/3', '⅔': '2/3', '¢': 'cents', '£': '#',
-    '€': '$', '¤': '$', '&lt;': '<', '&gt;': '>', **{word.replace('|', ''): word.replace('|', '\t') for word in 'can|not gon|na wan|na got|ta gim|me lem|me'.split()},
-    'n’t': "n't", 'n‘t': 'n`t', **{f'’{end}': f"'{end}" for end in 's m d ll re ve'.split()}, **{a + b: _plain_quotes[a] + _plain_quotes[b] for a in _plain_quotes for b in _plain_quotes}}
-_written |= dict.fromkeys([piece for piece, word in _written.items() if word in ("''", '``')] +
-    "'' ' `` ` \" ’ ‘ ‛ “ ” « » ‹ › . ? ! , : ; - -- --- ---- – — ― ‐ ‑ … ... &quot; &nbsp; &mdash; &ndash;".split(), '')
-_mended = {0xad: '', 0x80: '€', 0x91: '‘', 0x92: '’', 0x93: '“', 0x94: '”', 0x96: '–', 0x97: '—'}   # soft hyphens, Windows' characters
+_written = {'[': '-lsb-', ']': '-rsb-', '{': '-lcb-', '}': '-rcb-', '½': '1/2', '¼': '1/4', '¾': '3/4', '¢': 'cents', '£': '#', '€': '$', '&lt;': '<', '&gt;': '>'}
+_written |= {word.replace('|', ''): word.replace('|', '\t') for word in 'can|not gon|na wan|na got|ta gim|me lem|me'.split()}
+_written |= {word: word.replace('’', "'") for word in '’s ’m ’d ’ll ’re ’ve n’t'.split()}
+_written |= dict.fromkeys("'' ' `` ` \" ’ ‘ “ ” « » . \u2024 ? ! , : ; - -- --- ---- ‐ – — ― … ... &quot; &nbsp; &mdash; &ndash;".split(), '')
 
 # %% ../nbs/05_evaluate.ipynb #05-011
 def ptb_tokenize(
     captions: list[str],  # texts; a line break in one counts as a space
 ) -> list[str]:           # for each its words in small letters, with a space between
     "Captions as words, cut as the Penn Treebank does, without punctuation: what pycocoevalcap's PTBTokenizer gives, without Java"
-    text = '\n'.join(c if c.isprintable() else ' '.join(c.split()) for c in captions).replace('&amp;', '&').replace('&apos;', "'")
-    if not text.isascii(): text = re.sub('[\U00010000-\U0010ffff]', ' ', text.translate(_mended))
-    written = (_written.get(piece, piece) for piece in map(str.lower, _token.findall(text)))
+    text = '\n'.join(c if c.isprintable() else ' '.join(c.replace('\xad', '').split()) for c in captions).replace('&amp;', '&').replace('&apos;', "'")
+    if not text.isascii(): text = re.sub('[\U00010000-\U0010ffff]', ' ', text)   # emoji
+    written = (_written.get(piece, piece) for piece in map(str.lower, _token.findall(_stop.sub(_mark_stop, text))))
     words = '\t'.join(word for word in written if word)
     words = words.replace('(', '-lrb-').replace(')', '-rrb-').replace(' ', '\xa0').replace('\t', ' ')   # 1 1/2 and phone numbers are one word each
-    return [line.strip(' ') for line in words.split('\n')][:len(captions)]
+    return [line.strip(' ') for line in words.replace('\u2024', '.').split('\n')][:len(captions)]
 
 # %% ../nbs/05_evaluate.ipynb #05-021
 def _bleu_counts(references, captions):
