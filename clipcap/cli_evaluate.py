@@ -76,7 +76,7 @@ def evaluate(data: Data, model: Tested=None, predictions: Predictions=None, spli
     for name, said in _captions(predictions, references, ids, photos, model or 'tiny', widths, device, batch_size).items():
         part = f'beams-{widths[len(runs)]}' if len(widths) > 1 and not predictions else ''
         runs[name] = scores = _scores(references, said, towers, photos, bootstrap=bootstrap, seed=seed, meteor=meteor)
-        write_evaluation(output/part, scores, references, said, ids, photos, title := f'{name}: {len(references)} photos of {data.name}', training)
+        write_evaluation(output/part, scores, references, said, ids, photos, title := f'{name}: {len(references)} photos of {data.resolve().name}', training)
         if render: render_captions(render/part, photos, said)
         typer.echo(f'{title}\n{scores}\n{measure_variety(list(said.values()), training).to_frame("").T.round(3).to_string()}\nThe page: {output/part/"evaluation.html"}\n')
     if len(runs) > 1: typer.echo(f'{name} against {[*runs][0]}, paired\n{compare(scores, runs[[*runs][0]]).round(3).to_string()}')
