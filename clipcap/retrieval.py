@@ -35,21 +35,24 @@ def recall_table(
     both = dict(zip(['photo to caption', 'caption to photo'], ranks(agreement, photo_of)))
     return pd.DataFrame({name: {f'recall@{k}': float((r <= k).mean()) for k in at} | {'median rank': float(np.median(r))} for name, r in both.items()}).T
 
+# %% ../nbs/09_retrieval.ipynb #09-012a
+def _load(name):   # model, tokenizer, image processor
+    try:
+        with quiet(): loaded = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name, backend='pil')
+        if not hasattr(loaded[0], 'get_text_features'): raise ValueError(f'a {loaded[0].config.model_type} model has no text tower beside one for photos')
+        return loaded
+    except Exception as error: raise ClipcapError(f'two towers {name}: {str(error).splitlines()[0]}; give a CLIP-like model, by folder or name on the Hub') from error
+
+def _units(seen): return F.normalize(getattr(seen, 'pooler_output', seen).float(), dim=-1).cpu().numpy()   # length 1
+
 # %% ../nbs/09_retrieval.ipynb #09-012
 class TwoTowers:
     "A model that puts photos and captions into one space"
     def __init__(self,
         name: str|Path,      # a folder of transformers, or a name on the Hub
         device: str=None):   # cpu, cuda, ...; None = cuda where there is one
-        try:
-            with quiet():
-                self.model = AutoModel.from_pretrained(name).eval()
-                self.tokenizer, self.processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name, backend='pil')
-            if not hasattr(self.model, 'get_text_features'): raise ValueError(f'a {self.model.config.model_type} model has no text tower beside one for photos')
-        except Exception as error: raise ClipcapError(f'two towers {name}: {str(error).splitlines()[0]}; give a CLIP-like model, by folder or name on the Hub') from error
+        self.model, self.tokenizer, self.processor = _load(name)
         self.model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-
-    def _units(self, seen): return F.normalize(getattr(seen, 'pooler_output', seen).float(), dim=-1).cpu().numpy()
 
     @torch.inference_mode()
     def photos(self, sources: list, batch_size: int=32) -> np.ndarray:   # whatever `open_image` takes -> (photos, dim), length 1
@@ -58,7 +61,7 @@ class TwoTowers:
         for batch in read_ahead(list(sources), read, batch_size):
             for _, pixels in batch:
                 if isinstance(pixels, ClipcapError): raise pixels
-            found.append(self._units(self.model.get_image_features(pixel_values=torch.stack([p for _, p in batch]).to(self.model.device))))
+            found.append(_units(self.model.get_image_features(pixel_values=torch.stack([p for _, p in batch]).to(self.model.device))))
         return np.concatenate(found)
 
     @torch.inference_mode()
@@ -66,7 +69,7 @@ class TwoTowers:
         whole = 'max_length' if 'siglip' in self.model.config.model_type else True   # as SigLIP was trained
         how = dict(padding=whole, truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors='pt')
         batches = (self.tokenizer(list(texts[i:i + batch_size]), **how).to(self.model.device) for i in range(0, len(texts), batch_size))
-        return np.concatenate([self._units(self.model.get_text_features(**{k: b[k] for k in ('input_ids', 'attention_mask') if k in b})) for b in batches])
+        return np.concatenate([_units(self.model.get_text_features(**{k: b[k] for k in ('input_ids', 'attention_mask') if k in b})) for b in batches])
 
 # %% ../nbs/09_retrieval.ipynb #09-017
 def clip_score(
