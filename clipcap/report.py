@@ -78,12 +78,16 @@ def photo_ids(
         if all(known.get(name) is not None for name in names): return {name: known[name] for name in names}
     return {name: name for name in names}
 
+# %% ../nbs/10_report.ipynb #10-012b
 def read_predictions(
     path: str|Path,              # COCO's result format: a list of {"image_id", "caption"}
     ids: dict[str, int|str],     # photo -> what it may be called; see `photo_ids`
 ) -> dict[str, str]:             # photo -> caption, of those photos; ClipcapError for other layouts, or a photo with two captions
     "Anyone's captions"
-    try: rows = [(row.get('file_name'), row['image_id'], row['caption']) for row in json.loads(Path(path).read_text(encoding='utf-8-sig'))]
+    try:
+        said = json.loads(Path(path).read_text(encoding='utf-8-sig'))
+        if not isinstance(said, list): raise TypeError
+        rows = [(row.get('file_name'), row['image_id'], row['caption']) for row in said]
     except OSError as error: raise ClipcapError(f'{path}: {error.strerror}: check the path') from None
     except (ValueError, LookupError, TypeError, AttributeError): raise ClipcapError(f'{path}: not in COCO\'s result format: give a JSON list of {{"image_id": ..., "caption": ...}}') from None
     called = {}
@@ -176,6 +180,7 @@ def write_evaluation(
     write_text(folder/'photos.csv', scores.photos.assign(caption=pd.Series(predictions)).rename_axis('image').to_csv(lineterminator='\n'))
     write_text(folder/'evaluation.html', evaluation_page(scores, references, predictions, photos, title))
 
+# %% ../nbs/10_report.ipynb #10-022b
 def render_captions(
     folder: str|Path,             # gets a picture for each photo, under the photo's name as .jpg
     photos: dict[str, Path],      # photo -> where it is
