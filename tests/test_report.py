@@ -147,6 +147,30 @@ def test_ranks_against_a_loop():
     table = recall_table(np.eye(20), range(20))
     assert (table[['recall@1', 'recall@5', 'recall@10']] == 1).all(axis=None) and (table['median rank'] == 1).all()
 
+@pytest.fixture(scope='module')
+def clip(drawn, tmp_path_factory):
+    "A CLIP of random weights"
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+    folder, words, small = tmp_path_factory.mktemp('clip'), Tokenizer(models.WordLevel(unk_token='?')), dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator([c for some in read_references(drawn)[0].values() for c in some], trainers.WordLevelTrainer(special_tokens=['?', '<end>'], show_progress=False))
+    words.post_processor = processors.TemplateProcessing(single='$A <end>', special_tokens=[('<end>', 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token='<end>', pad_token='<end>').save_pretrained(folder)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=small | dict(vocab_size=words.get_vocab_size(), max_position_embeddings=9, eos_token_id=1, bos_token_id=1, pad_token_id=1),
+        vision_config=small | dict(image_size=16, patch_size=8), projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size=dict(shortest_edge=16), crop_size=dict(height=16, width=16)).save_pretrained(folder)
+    return folder
+
+def test_two_towers_join_in(drawn, people, clip, tmp_path):
+    said, complaints = clipcap('evaluate', '--data', drawn, '--predictions', people, '--clip', clip, '--output', tmp_path, '--json', tmp_path/'s.json', '--no-meteor', '--bootstrap', 50, '--device', 'cpu')
+    told = json.loads((tmp_path/'s.json').read_text())
+    assert not complaints and 0 <= told['CLIPScore'] <= 2.5 and told['recall@1'] <= told['recall@5'] <= told['recall@10'] == 1      # six photos
+    assert all(metric in said and len(told['intervals'][metric]) == 2 for metric in ('CLIPScore', 'RefCLIPScore', 'recall@1'))
+    assert 'photos' in complaint('--data', drawn/'results.csv', '--predictions', people, '--clip', clip, '--output', tmp_path, '--no-meteor')
+
 # ---- real photos
 @pytest.mark.slow
 @pytest.mark.skipif(not flickr8k.is_dir(), reason=f'needs {flickr8k}')
