@@ -40,7 +40,7 @@ def photos(tmp_path_factory, scenes):
     return folder
 
 # ---- the start
-@pytest.mark.parametrize('arguments', [['-h'], ['--version'], ['caption', '-h'], ['demo', '-h'], ['data', '--help'], ['embed', '-h'], ['train', '-h'], ['caption', '--nonsense']])
+@pytest.mark.parametrize('arguments', [['-h'], ['--version'], ['caption', '-h'], ['demo', '-h'], ['data', '--help'], ['embed', '-h'], ['train', '-h'], ['evaluate', '-h'], ['caption', '--nonsense']])
 def test_help_is_light(arguments):
     run = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'clipcap.cli', *arguments], capture_output=True, text=True)
     assert run.returncode == (2 if '--nonsense' in arguments else 0)
