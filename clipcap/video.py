@@ -258,7 +258,7 @@ def burn(video: str|Path, cues: list[Cue], path: str|Path) -> Path:   # path: .m
     with _whole(path) as part, tempfile.TemporaryDirectory() as folder:
         if shutil.which('ffmpeg'):
             write_cues(cues, Path(folder)/'captions.srt')
-            _ffmpeg(video, '-vf', 'subtitles=captions.srt', '-map', '0:v:0', '-map', '0:a:0?', os.path.abspath(part), cwd=folder)
+            _ffmpeg(video, '-vf', 'subtitles=captions.srt', '-fps_mode', 'passthrough', '-enc_time_base', '-1', '-map', '0:v:0', '-map', '0:a:0?', os.path.abspath(part), cwd=folder)
         else: _burn_av(video, cues, part)
     return Path(path)
 

@@ -84,7 +84,7 @@ def video(work, seconds=30, fps=25, n=32):
     captioner, options, pictures = Captioner('tiny', batch_size=n), GenerationOptions(), [Image.fromarray(scenes[i % 10][..., ::-1]) for i in range(n)]
     def decode():
         reader = cv2.VideoCapture(str(work/'clip.mp4'))
-        while reader.read()[0]: pass
+        while reader.grab(): pass
     def ours():
         reader = VideoReader(work/'clip.mp4')
         list(caption_samples(sample_moments(reader, spread(video_length(reader.path), n)), captioner, options))
