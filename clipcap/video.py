@@ -178,14 +178,6 @@ def make_cues(said: list,   # (Sample, caption), in order
     return [Cue(sample.start, end, text) for (sample, text), end in zip(said, ends) if text.strip('.')]
 
 # %% ../nbs/07_video.ipynb #07-031
-@contextmanager
-def _whole(path):   # a name to write to, which becomes `path` if all goes well
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.part.{path.name}')
-    try: yield part; os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 def timestamp(ms: int) -> str:
     "hours:minutes:seconds,milliseconds, as SubRip writes it"
     return pysubs2.formats.SubripFormat.ms_to_timestamp(ms)
@@ -204,6 +196,15 @@ def format_cues(
         text = c.text.translate({ord('{'): '(', ord('}'): ')'})   # braces are commands to pysubs2
         track.append(pysubs2.SSAEvent(c.start, c.end, html.escape(text, quote=False) if kind == 'vtt' else text))
     return track.to_string(kind)
+
+# %% ../nbs/07_video.ipynb #07-048
+@contextmanager
+def _whole(path):   # a name to write to, which becomes `path` if all goes well
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.part.{path.name}')
+    try: yield part; os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
 
 def write_cues(cues: list[Cue], path: str|Path, lang: str='en') -> Path:
     "Write subtitles; the suffix says the format"
@@ -258,7 +259,7 @@ def burn(video: str|Path, cues: list[Cue], path: str|Path) -> Path:   # path: .m
     with _whole(path) as part, tempfile.TemporaryDirectory() as folder:
         if shutil.which('ffmpeg'):
             write_cues(cues, Path(folder)/'captions.srt')
-            _ffmpeg(video, '-vf', 'subtitles=captions.srt', '-fps_mode', 'passthrough', '-enc_time_base', '-1', '-map', '0:v:0', '-map', '0:a:0?', os.path.abspath(part), cwd=folder)
+            _ffmpeg(video, '-vf', 'subtitles=captions.srt', '-fps_mode', 'passthrough', '-enc_time_base', '1:1000', '-map', '0:v:0', '-map', '0:a:0?', os.path.abspath(part), cwd=folder)
         else: _burn_av(video, cues, part)
     return Path(path)
 
