@@ -46,7 +46,9 @@ class VideoReader:
 
     def pixels(self) -> np.ndarray:   # (height, width, 3), blue green red, upright
         "The present frame"
-        return self.video.retrieve()[1]
+        found, pixels = self.video.retrieve()
+        if not found: raise ClipcapError(f'{self.path}: a frame that cannot be decoded: the file is damaged')
+        return pixels
 
     def __iter__(self):
         last, seen, longest = None, 0, self.gap

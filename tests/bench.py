@@ -1,7 +1,7 @@
 """Measure speed and memory: each figure compares two ways in one run, on the same weights and data.
 
 python tests/bench.py [store] [embed] [caption] [photos] [video]      (all of them where none is named)"""
-import json, os, random, resource, sys, tempfile, time
+import json, os, random, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, torch
 from PIL import Image
@@ -90,9 +90,12 @@ def video(work, seconds=30, fps=25, n=32):
         list(caption_samples(sample_moments(reader, spread(video_length(reader.path), n)), captioner, options))
     def apart(): decode(); captioner.caption(pictures, options)
     compare(f'{seconds} s of video, {n} frames: clipcap.video -> decoding once plus {n} photos in one batch', ours, apart)
-    began = time.perf_counter(); Captioner('tiny').caption(pictures[:1], options); each = n*(time.perf_counter() - began)
-    mine = shortest(ours)
+    each, mine = n*shortest(lambda: Captioner('tiny').caption(pictures[:1], options)), shortest(ours)
     print(f'  loading the model for every frame: {each:.1f} s ({n} times one), {each/mine:.1f}x as long')
+    pictures[0].save(work/'frame.jpg')
+    began = time.perf_counter(); subprocess.run([sys.executable, '-m', 'clipcap.cli', 'caption', work/'frame.jpg'], check=True, capture_output=True)
+    each = n*(time.perf_counter() - began)
+    print(f'  a process of its own for every frame: {each:.1f} s ({n} times one), {each/mine:.1f}x as long')
 
 if __name__ == '__main__':
     print(f'{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads')
