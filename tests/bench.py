@@ -1,17 +1,19 @@
 """Measure speed and memory: each figure compares two ways in one run, on the same weights and data.
 
-python tests/bench.py [store] [embed] [caption] [photos]      (all of them where none is named)"""
-import json, os, resource, sys, tempfile, time
+python tests/bench.py [store] [embed] [caption] [photos] [video]      (all of them where none is named)"""
+import json, os, random, resource, subprocess, sys, tempfile, time
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from clipcap.data import draw_dataset, list_images, open_image
+import cv2, numpy as np, pandas as pd, torch
+from PIL import Image
+from clipcap.data import draw_dataset, draw_scene, list_images, open_image
 from clipcap.embed import FeatureStore, VisionTower, embed_images
 from clipcap.generate import GenerationOptions, generate_captions
 from clipcap.image import Captioner
 from clipcap.model import CaptionModel, MapperConfig
 from clipcap.train import TrainConfig, train
+from clipcap.video import VideoReader, caption_samples, sample_moments, spread, video_length
 
-def seconds(work, times=3):
+def shortest(work, times=3):
     "The shortest of some runs, the first one not counted"
     work(); runs = []
     for _ in range(times):
@@ -20,7 +22,7 @@ def seconds(work, times=3):
 
 def compare(name, one, other):
     "One line: both ways and how many times faster the second one is"
-    a, b = seconds(one), seconds(other)
+    a, b = shortest(one), shortest(other)
     print(f'{name}: {a:.2f} s -> {b:.2f} s, {a/b:.1f}x', flush=True)
 
 def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*resource.getpagesize()/2**20
@@ -71,9 +73,31 @@ def photos(work):
     "From file to caption with the bundled model's defaults, a folder of 64 photos"
     paths, captioner = list_images(draw_dataset(work/'some', 64, size=256)/'images'), Captioner('tiny')
     compare('64 photos to captions, one call each -> one call', lambda: [captioner.caption([p]) for p in paths], lambda: captioner.caption(paths))
-    print(f'  {seconds(lambda: captioner.caption(paths))/64:.3f} s a photo')
+    print(f'  {shortest(lambda: captioner.caption(paths))/64:.3f} s a photo')
+
+def video(work, seconds=30, fps=25, n=32):
+    "A clip of 30 s, 32 frames: against decoding it once and captioning 32 photos in one batch; and against loading the model for every frame"
+    scenes = [np.asarray(draw_scene(random.Random(seed), 640)[0].crop((0, 80, 640, 560)))[..., ::-1] for seed in range(10)]
+    film = cv2.VideoWriter(str(work/'clip.mp4'), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), fps, (640, 480))
+    for frame in range(seconds*fps): film.write(np.roll(scenes[frame*10//(seconds*fps)], frame, 1))
+    film.release()
+    captioner, options, pictures = Captioner('tiny', batch_size=n), GenerationOptions(), [Image.fromarray(scenes[i % 10][..., ::-1]) for i in range(n)]
+    def decode():
+        reader = cv2.VideoCapture(str(work/'clip.mp4'))
+        while reader.grab(): pass
+    def ours():
+        reader = VideoReader(work/'clip.mp4')
+        list(caption_samples(sample_moments(reader, spread(video_length(reader.path), n)), captioner, options))
+    def apart(): decode(); captioner.caption(pictures, options)
+    compare(f'{seconds} s of video, {n} frames: clipcap.video -> decoding once plus {n} photos in one batch', ours, apart)
+    each, mine = n*shortest(lambda: Captioner('tiny').caption(pictures[:1], options)), shortest(ours)
+    print(f'  loading the model for every frame: {each:.1f} s ({n} times one), {each/mine:.1f}x as long')
+    pictures[0].save(work/'frame.jpg')
+    began = time.perf_counter(); subprocess.run([sys.executable, '-m', 'clipcap.cli', 'caption', work/'frame.jpg'], check=True, capture_output=True)
+    each = n*(time.perf_counter() - began)
+    print(f'  a process of its own for every frame: {each:.1f} s ({n} times one), {each/mine:.1f}x as long')
 
 if __name__ == '__main__':
     print(f'{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads')
-    for name in sys.argv[1:] or ['store', 'embed', 'caption', 'photos']:
+    for name in sys.argv[1:] or ['store', 'embed', 'caption', 'photos', 'video']:
         with tempfile.TemporaryDirectory() as folder: globals()[name](Path(folder))

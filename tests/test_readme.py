@@ -13,7 +13,8 @@ commands = [line for line in shell if line.startswith('clipcap ')]
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "A reader's folder: photo.jpg, photos/ and flickr/ (a data set as in the README), all drawn"
+    "A reader's folder: photo.jpg, photos/ and flickr/ (a data set as in the README), all drawn, and clip.mp4"
+    import cv2
     from PIL import Image
     from clipcap.data import draw_dataset, list_images
     folder = tmp_path_factory.mktemp('reader')
@@ -22,6 +23,9 @@ def folder(tmp_path_factory):
     (folder/'photos').mkdir()
     for photo in photos[:3]: shutil.copy(photo, folder/'photos')
     Image.open(photos[0]).convert('RGB').save(folder/'photo.jpg')
+    film = cv2.VideoWriter(str(folder/'clip.mp4'), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), 5, (128, 128))
+    for n in range(15): film.write(cv2.resize(cv2.imread(str(photos[n//5])), (128, 128)))
+    film.release()
     return folder
 
 def run(command, folder):
