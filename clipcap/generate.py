@@ -24,6 +24,7 @@ class GenerationOptions:
     candidates: int = 1       # captions for each photo
     max_length: int = 40      # tokens at most
     seed: int|None = None     # the same seed, the same captions
+    published: bool|None = None  # True = as the authors of a published checkpoint decode, False = as here; None = as they do where that can do what is asked
 
     def __post_init__(self):
         for name, fine, wanted in [('beams', self.beams is None or self.beams >= 1, 'at least 1'), ('top_p', 0 < self.top_p <= 1, 'above 0, at most 1'),
@@ -46,6 +47,24 @@ def _dice(seed):
         with torch.random.fork_rng(): torch.manual_seed(seed); yield
 
 # %% ../nbs/03_generate.ipynb #03-014
+def _generate(model, prefix, options):
+    "Texts for prefixes, those of a photo one after the other"
+    from transformers import GenerationConfig
+    end, seen = model.tokenizer.eos_token_id, torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+    sampling = dict(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k) if options.sampling else {}
+    config = GenerationConfig(do_sample=options.sampling, num_beams=options.width, num_return_sequences=options.candidates,
+        max_new_tokens=options.max_length, eos_token_id=end, pad_token_id=end, use_cache=True, **sampling)
+    tokens = model.language.generate(inputs_embeds=prefix, attention_mask=seen, generation_config=config)
+    return model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+def _theirs(model, options):
+    "The decoding of a published checkpoint's authors (`clipcap.pretrained`), where it has one that does what is asked; else None"
+    theirs = getattr(model, 'published', None)
+    lack = theirs.lack(options) if theirs else 'the model is no published checkpoint'
+    if options.published and lack: raise ClipcapError(f'published decoding: {lack}')
+    return None if lack or options.published is False else theirs
+
+# %% ../nbs/03_generate.ipynb #03-014b
 @torch.inference_mode()
 def generate_captions(
     model: CaptionModel,           # in eval mode
@@ -54,20 +73,11 @@ def generate_captions(
     batch_size: int=64,            # photos decoded together
 ) -> list[list[str]]:              # for each photo its candidates, likeliest first where beams rank them
     "Captions of photos, from their features"
-    from transformers import GenerationConfig
-    end, device = model.tokenizer.eos_token_id, model.mapper.mean.device
-    sampling = dict(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k) if options.sampling else {}
-    config = GenerationConfig(do_sample=options.sampling, num_beams=options.width, num_return_sequences=options.candidates,
-        max_new_tokens=options.max_length, eos_token_id=end, pad_token_id=end, use_cache=True, **sampling)
-    texts = []
+    decode, like, texts = _theirs(model, options) or _generate, model.mapper.mean, []
     with _dice(options.seed):
         for start in range(0, len(features), batch_size):
-            batch = torch.as_tensor(features[start:start + batch_size]).to(device, model.mapper.mean.dtype)
-            prefix = model.mapper(batch)
-            seen = torch.ones(prefix.shape[:2], dtype=torch.long, device=device)
-            tokens = model.language.generate(inputs_embeds=prefix, attention_mask=seen, generation_config=config)
-            texts += model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    texts = [t.strip() for t in texts]
+            batch = torch.as_tensor(features[start:start + batch_size]).to(like.device, like.dtype)
+            texts += [text.strip() for text in decode(model, model.mapper(batch), options)]
     return [texts[i:i + options.candidates] for i in range(0, len(texts), options.candidates)]
 
 # %% ../nbs/03_generate.ipynb #03-022
