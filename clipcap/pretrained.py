@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIPCAP', 'CLIP_GPT', 'CHECKPOINTS', 'DECODINGS', 'Checkpoint', 'cache_folder', 'check_file', 'fetch',
-           'read_checkpoint', 'ClipGptMapper', 'ClipGptModel', 'convert', 'clipcap_tokens', 'clip_gpt_tokens',
-           'PublishedDecoding', 'load_published', 'find_published', 'PublishedCaptioner', 'open_captioner',
-           'known_models']
+           'read_checkpoint', 'ClipGptMapper', 'ClipGptModel', 'convert', 'load_published', 'find_published',
+           'PublishedCaptioner', 'open_captioner', 'known_models']
 
 # %% ../nbs/11_pretrained.ipynb #11-002
 import hashlib, json, math, os, pickle, re, textwrap, zipfile
@@ -19,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from .data import ClipcapError
 from .embed import VisionTower, quiet
-from .generate import GenerationOptions
+from .generate import GenerationOptions, PublishedDecoding
 from .image import Captioner, bundled_models, load_tower
 from .model import CaptionModel, MapperConfig, read_model_config, write_folder
 
@@ -88,7 +87,8 @@ def fetch(
             else: _from_drive(checkpoint.drive, part, name); check_file(part, checkpoint); part.replace(file)
     except Exception as error:   # whatever gdown, the network and the disk may raise
         for left in [part, *(part.parent.glob(f'{part.name}*.part') if 'byte range' in str(error) else ())]: left.unlink(missing_ok=True)
-        raise ClipcapError(f'{name}: {_gist(error)}; fetch https://drive.google.com/file/d/{checkpoint.drive}/view in a browser and put it at {file}') from error
+        why = 'no connection to Google Drive' if 'Max retries exceeded' in str(error) else _gist(error)
+        raise ClipcapError(f'{name}: {why}; fetch https://drive.google.com/file/d/{checkpoint.drive}/view in a browser and put it at {file}') from error
     return file
 
 # %% ../nbs/11_pretrained.ipynb #11-015
@@ -100,7 +100,8 @@ def read_checkpoint(
     try: content = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:   # torch raises whatever it stumbles upon
         culprit = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        why = f'refused, for it holds more than weights ({culprit[1]})' if culprit else f'damaged, cut short, or no file of weights ({_gist(str(error)[:120])})'
+        gist = re.split(r'[.:] |\n', str(error))[0] or type(error).__name__
+        why = f'refused, for it holds more than weights ({culprit[1]})' if culprit else f'damaged, cut short, or no file of weights ({gist})'
         raise ClipcapError(f'{file}: {why}; nothing in it was run. Fetch it again, from where you trust') from error
     content = content.get('model_state_dict', content) if isinstance(content, dict) else {}
     constants = '.attn.bias', '.attn.masked_bias', '.position_ids'
@@ -113,7 +114,7 @@ def _layers(weights, beginning): return len({name[len(beginning):].split('.')[0]
 
 def _fill(module, weights):
     lost = {*module.load_state_dict(weights, strict=False).missing_keys} - {'lm_head.weight', 'mean', 'std'}
-    if lost: raise KeyError(f'{len(lost)} weights are missing, {min(lost)} for one')
+    if lost: raise ValueError(f'{len(lost)} weights are missing, {min(lost)} for one')
     return module.eval()
 
 def _gpt2(weights):
@@ -194,7 +195,7 @@ def _clip_gpt(weights, tokenizer):
     language.transformer.wpe.weight.data.mul_(2)
     return model, _clip_vision(_part(weights, 'ie.model.'))
 
-# %% ../nbs/11_pretrained.ipynb #11-027
+# %% ../nbs/11_pretrained.ipynb #11-026b
 def _from_hub(name, load):   # or from the cache, where somebody has put it
     by_hand = cache_folder()/name.split('/')[1]
     try:
@@ -207,6 +208,7 @@ def _gpt2_tokenizer(name):
     if tokenizer.convert_tokens_to_ids('.') != 13 or tokenizer.bos_token_id != 50256: raise ValueError('vocab.json or merges.txt is missing')
     return tokenizer
 
+# %% ../nbs/11_pretrained.ipynb #11-027
 def convert(
     file: str|Path,    # a .pt file of a known layout
     folder: str|Path,  # the model folder to write
@@ -225,89 +227,9 @@ def convert(
         (new/'config.json').write_text(json.dumps(config, indent=2) + '\n')
     write_folder(folder, write)
 
-# %% ../nbs/11_pretrained.ipynb #11-031
-def _greedy(language, prefix, end, longest):
-    "Likeliest tokens up to the first end token, which is kept"
-    from transformers import GenerationConfig
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=end, pad_token_id=end, use_cache=True)
-    seen = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-    ids = language.generate(inputs_embeds=prefix, attention_mask=seen, generation_config=config).tolist()
-    return [row[:(row + [end]).index(end) + 1] for row in ids]
-
-@torch.inference_mode()
-def clipcap_tokens(
-    language,              # the GPT-2 of a ClipCap checkpoint
-    prefix: torch.Tensor,  # (photos, prefix length, embedding size)
-    beams: int=1,          # 1 = greedy
-    end: int=13,           # a full stop
-    longest: int=67,       # tokens
-) -> list[list[list[int]]]:  # for each photo its beams, best first, as token ids
-    "The tokens that ClipCap's own code gives"
-    if beams == 1: return [[ids] for ids in _greedy(language, prefix, end, longest)]
-    tokens, scores, lengths = _mean_beams(language, prefix, beams, end, longest)
-    order = (scores/lengths).argsort(1, descending=True).tolist()
-    return [[tokens[i, b, :int(lengths[i, b])].tolist() for b in row] for i, row in enumerate(order)]
-
-# %% ../nbs/11_pretrained.ipynb #11-032
-def _mean_beams(language, prefix, beams, end, longest):
-    "Tokens (photos, beams, steps), the sum of their log-probabilities and their number, both (photos, beams)"
-    seen = language(inputs_embeds=prefix, use_cache=True, logits_to_keep=1)
-    cache, offsets = seen.past_key_values, torch.arange(len(prefix), device=prefix.device)[:, None]*beams
-    cache.batch_repeat_interleave(beams)
-    scores, last = seen.logits[:, -1].softmax(-1).log().topk(beams)
-    tokens, lengths, done = last[..., None], torch.ones_like(scores), last == end
-    while tokens.shape[2] < longest and not done.all():
-        seen = language(input_ids=last.view(-1, 1), past_key_values=cache, use_cache=True)
-        steps = seen.logits[:, -1].softmax(-1).log().view(*last.shape, -1)
-        steps[done] = -math.inf; steps[..., 0][done] = 0   # the free token of a finished beam
-        lengths = lengths + ~done
-        best, place = ((scores[..., None] + steps)/lengths[..., None]).flatten(1).topk(beams)
-        source, last = place//steps.shape[2], place%steps.shape[2]
-        lengths, done = lengths.gather(1, source), done.gather(1, source) | (last == end)
-        scores = best*lengths
-        tokens = torch.cat([tokens.gather(1, source[..., None].expand_as(tokens)), last[..., None]], 2)
-        cache.reorder_cache((offsets + source).flatten())
-    return tokens, scores, lengths
-
-# %% ../nbs/11_pretrained.ipynb #11-036
-@torch.inference_mode()
-def clip_gpt_tokens(
-    language,              # the GPT-2 of a converted checkpoint, its position embeddings doubled
-    prefix: torch.Tensor,  # (photos, 1 + prefix length, embedding size): the begin token first
-    end: int=50256,        # GPT-2's end token
-    longest: int=40,       # tokens
-) -> list[list[int]]:      # for each photo token ids, the end token last where it came
-    "The tokens that Clip-GPT-Captioning's own code gives"
-    words, places = language.transformer.wte, language.transformer.wpe.weight[:prefix.shape[1]]/2
-    first = torch.tensor(_greedy(language, prefix, end, 1), device=prefix.device)
-    rest = _greedy(language, torch.cat([prefix + places, words(first)], 1), end, longest - 1)
-    return [a if a == [end] else a + more for a, more in zip(first.tolist(), rest)]
-
-# %% ../nbs/11_pretrained.ipynb #11-037
-@dataclass(frozen=True)
-class PublishedDecoding:
-    "How a checkpoint's authors decode it; `generate_captions` asks for it"
-    layout: str   # 'clipcap' or 'clip-gpt'
-    longest: int  # tokens of a caption
-
-    def lack(self, options: GenerationOptions) -> str:
-        "What of the options it cannot do; nothing where it can do it all"
-        if options.sampling: return 'it takes the likeliest token, whatever the temperature'
-        if options.max_length != GenerationOptions.max_length: return f'its captions have {self.longest} tokens at most, no other number'
-        return 'it has neither beams nor candidates' if self.layout == 'clip-gpt' and (options.beams or 1)*options.candidates > 1 else ''
-
-    def __call__(self, model, prefix, options) -> list[str]:
-        "Texts, those of a photo one after the other"
-        if self.layout == 'clip-gpt':
-            texts = [model.tokenizer.decode(ids[:-1]).strip() for ids in clip_gpt_tokens(model.language, prefix, longest=self.longest)]
-            return [text[:1].upper() + text[1:] for text in texts]
-        beams = 1 if options.beams is None and options.candidates == 1 else options.width
-        found = clipcap_tokens(model.language, prefix, beams, longest=self.longest)
-        return [model.tokenizer.decode(ids) for some in found for ids in some[:options.candidates]]
-
+# %% ../nbs/11_pretrained.ipynb #11-039
 DECODINGS = {'clipcap': PublishedDecoding('clipcap', 67), 'clip-gpt': PublishedDecoding('clip-gpt', 40)}
 
-# %% ../nbs/11_pretrained.ipynb #11-039
 def load_published(
     folder: str|Path,  # written by `convert`
 ):                     # a `CaptionModel` that captions as its authors had it do, unless asked otherwise
