@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .data import ClipcapError
 from .embed import VisionTower, quiet
 from .generate import GenerationOptions, PublishedDecoding
-from .image import Captioner, bundled_models, load_tower
+from .image import Captioner, bundled_models, find_model, load_tower
 from .model import CaptionModel, MapperConfig, read_model_config, write_folder
 
 # %% ../nbs/11_pretrained.ipynb #11-005
@@ -242,7 +242,7 @@ def load_published(
 
 # %% ../nbs/11_pretrained.ipynb #11-044
 def find_published(
-    name: str|Path,  # of a published checkpoint; a .pt file; owner/name/file.pt on the Hub; a converted folder
+    name: str|Path,  # of a published checkpoint; a .pt file; owner/name/file.pt on the Hub
 ) -> Path|None:      # a folder for `load_published`; None where the name is none of these
     "The folder of a published checkpoint, fetched and converted if need be"
     name = str(name); file, folder = Path(name).expanduser(), cache_folder()/name
@@ -252,8 +252,7 @@ def find_published(
             convert(file, folder)
             if not by_hand: file.unlink()   # the folder takes its place
         return folder
-    if file.is_dir(): return file if (file/'config.json').is_file() and 'published' in (file/'config.json').read_text() else None
-    if file.suffix not in ('.pt', '.pth'): return None
+    if file.suffix not in ('.pt', '.pth') or file.is_dir(): return None
     if not file.is_file() and re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*/[\w.-]+', name): file = _from_hub(name.rsplit('/', 1)[0], lambda repo: Path(hf_hub_download(repo, file.name)))
     if not file.is_file(): raise ClipcapError(f'{file}: no such file; give a .pt file, or owner/name/file.pt on the Hugging Face Hub')
     mark = hashlib.sha256(f'{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}'.encode()).hexdigest()[:12]
@@ -272,15 +271,15 @@ class PublishedCaptioner(Captioner):
         self.model.to(self.tower.model.device)
 
 def open_captioner(
-    name: str|Path='tiny',  # as for `find_published`, or else as for `Captioner`
+    name: str|Path='tiny',  # as for `find_published`, or else as for `find_model`
     device: str=None,       # cpu, cuda, ...; None = cuda where there is one
     batch_size: int=16,     # photos captioned together
 ) -> Captioner:             # ClipcapError where there is no such model
     "The captioner of any model, published checkpoints among them"
     if name in CHECKPOINTS and not CHECKPOINTS[name].photos:
         raise ClipcapError(f"{name}: sees with CLIP RN50x4, which the Hub lacks in the form of transformers; give its features, brought to length 1, to load_published(find_published('{name}'))")
-    folder = find_published(name)
-    return PublishedCaptioner(folder, device, batch_size) if folder else Captioner(name, device, batch_size)
+    folder = find_published(name) or find_model(name)
+    return (PublishedCaptioner if 'published' in read_model_config(folder) else Captioner)(folder, device, batch_size)
 
 # %% ../nbs/11_pretrained.ipynb #11-050
 def known_models() -> list[dict]:  # name, here, megabytes, licence, what

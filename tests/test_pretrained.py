@@ -83,23 +83,23 @@ def clip_gpt_layout(width, patch, layers, spread):
     tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=2, num_attention_heads=width//64 or 1, image_size=224, patch_size=patch, initializer_factor=4.))
     weights = named('ie.model.', getattr(tower, 'vision_model', tower).state_dict()) | named('td.model.', gpt2(width, 50257, spread=spread).state_dict())
     for name, w in encoder.state_dict().items(): weights[f'mp.transformer_encoder.{name}'] = w + 0.1*torch.randn_like(w)   # layers differ, and so do biases
-    return weights | named('mp.mapper.', nn.Linear(width, 4*width).state_dict())
+    return weights | named('mp.mapper.', {name: 3*w for name, w in nn.Linear(width, 4*width).state_dict().items()})   # the photo matters
 
 # ---- the published algorithms
 def part(weights, beginning): return {name[len(beginning):]: w for name, w in weights.items() if name.startswith(beginning)}
 
 def last_logits(gpt, rows):
-    "GPT-2 on one sequence of embeddings: what comes after the last"
-    n, width = rows.shape
+    "GPT-2 on embeddings (n, width), or several sequences of one length: what comes after the last"
+    n, width = rows.shape[-2:]
     x = rows + gpt['transformer.wpe.weight'][:n]
     for i in range(2):
         p = part(gpt, f'transformer.h.{i}.')
         seen = F.layer_norm(x, [width], p['ln_1.weight'], p['ln_1.bias']) @ p['attn.c_attn.weight'] + p['attn.c_attn.bias']
-        q, k, v = seen.reshape(n, 3, width//64 or 1, -1).permute(1, 2, 0, 3)
-        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(n, width) @ p['attn.c_proj.weight'] + p['attn.c_proj.bias']
+        q, k, v = (piece.unflatten(-1, (width//64 or 1, -1)).transpose(-2, -3) for piece in seen.chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2) @ p['attn.c_proj.weight'] + p['attn.c_proj.bias']
         seen = F.layer_norm(x, [width], p['ln_2.weight'], p['ln_2.bias']) @ p['mlp.c_fc.weight'] + p['mlp.c_fc.bias']
         x = x + F.gelu(seen, approximate='tanh') @ p['mlp.c_proj.weight'] + p['mlp.c_proj.bias']
-    return gpt['lm_head.weight'] @ F.layer_norm(x[-1], [width], gpt['transformer.ln_f.weight'], gpt['transformer.ln_f.bias'])
+    return F.layer_norm(x[..., -1, :], [width], gpt['transformer.ln_f.weight'], gpt['transformer.ln_f.bias']) @ gpt['lm_head.weight'].T
 
 def mlp_prefix(weights, x):
     m = part(weights, 'clip_project.model.')
@@ -137,10 +137,11 @@ def published_beam(gpt, prefix, width):
     slots = [([t], s, 1, t == 13) for s, t in zip(start.values.tolist(), start.indices.tolist())]
     for _ in range(66):
         if all(stopped for *_, stopped in slots): break
-        offers = []
+        offers, live = [], [slot for slot in slots if not slot[3]]
+        after = iter(last_logits(gpt, torch.stack([torch.cat([prefix, words[tokens]]) for tokens, *_ in live])).softmax(1).log().tolist())
         for tokens, score, length, stopped in slots:
             if stopped: offers.append((score/length, tokens + [0], length, True)); continue
-            chances = last_logits(gpt, torch.cat([prefix, words[tokens]])).softmax(0).log().tolist()
+            chances = next(after)
             offers += [((score + chance)/(length + 1), tokens + [t], length + 1, t == 13) for t, chance in enumerate(chances)]
         offers = sorted(offers, key=lambda offer: -offer[0])[:width]
         slots = [(tokens, mean*length, length, stopped) for mean, tokens, length, stopped in offers]
@@ -211,7 +212,7 @@ def test_clipcap_token_for_token(layout, prefix_of, how, cache, tmp_path):
 def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_path):
     torch.manual_seed(4)
     weights = clip_gpt_layout(width, patch, layers, spread)
-    weights['td.model.transformer.wte.weight'][50256] *= 2.2   # the end token comes now and then
+    weights['td.model.transformer.wte.weight'][50256] *= 2.9   # the end token comes now and then
     weights['td.model.lm_head.weight'] = weights['td.model.transformer.wte.weight'].clone()
     if old: older(weights, 'td.model.')
     convert(saved(weights, tmp_path, wrapped=not old), tmp_path/'model')
@@ -220,7 +221,7 @@ def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_
         torch.testing.assert_close(model.mapper(features)[:, 1:], torch.stack([clip_gpt_prefix(weights, x[0]) for x in features]), atol=1e-4, rtol=1e-4)
         expected = [published_clip_gpt(weights, gpt, x[0]) for x in features]
         assert clip_gpt_tokens(model.language, model.mapper(features)) == expected
-    ended, cut = varied(expected, 50256, 40); assert ended > 10 and cut > 3
+    ended, cut = varied(expected, 50256, 40); assert ended > 10 and cut > 0
     texts = [model.tokenizer.decode(ids[:-1]).strip() for ids in expected]
     assert generate_captions(model, features) == [[text[:1].upper() + text[1:]] for text in texts]
     # the tower inside the file, from its pixels on
