@@ -199,10 +199,10 @@ def test_clipcap_token_for_token(layout, prefix_of, how, cache, tmp_path):
         greedy = [published_greedy(gpt, prefix) for prefix in prefixes]
         assert [ids for ids, in clipcap_tokens(model.language, model.mapper(features))] == greedy
         ended, cut = varied(greedy, 13, 67); assert ended > 10
-        few = range(0, PHOTOS, 4) if 'untied' in str(how) or not how.get('zipped', True) else range(PHOTOS)
+        few = range(PHOTOS) if how.get('zipped', True) else range(0, PHOTOS, 10)
         beams = [published_beam(gpt, prefixes[i], 5) for i in few]
         assert clipcap_tokens(model.language, model.mapper(features[list(few)]), beams=5) == beams
-    assert [len({len(ids) for ids in five}) > 1 for five in beams].count(True) > 10   # beams of several lengths in one race
+    assert 2*[len({len(ids) for ids in five}) > 1 for five in beams].count(True) > len(beams)/5   # beams of several lengths in one race
     texts = generate_captions(model, features, batch_size=64)
     assert texts == [[model.tokenizer.decode(ids).strip()] for ids in greedy] and texts[:3] == generate_captions(model, features[:3], GenerationOptions(published=True))
     several = generate_captions(model, features[list(few)[:9]], GenerationOptions(beams=5, candidates=3))
@@ -272,8 +272,9 @@ def test_bad_files(cache, tmp_path):
     less = mlp_layout(); less.pop('gpt.transformer.h.1.mlp.c_fc.bias'); torch.save(less, tmp_path/'less.pt')
     bent = mlp_layout(); bent['clip_project.model.2.weight'] = torch.ones(3, 3); torch.save(bent, tmp_path/'bent.pt')
     wordless = {n: w for n, w in mlp_layout().items() if not n.startswith('gpt.')}; torch.save(wordless, tmp_path/'wordless.pt')
-    for name, why in {'trap.pt': 'more than weights', 'trap_old.pt': 'more than weights', 'quota.pt': 'web page', 'empty.pt': 'cut short', 'words.pt': 'cut short', 'other.pt': 'conv1.weight', 'list.pt': 'layout',
-            'tensor.pt': 'layout', 'less.pt': 'h.1.mlp.c_fc.bias', 'bent.pt': 'incomplete', 'wordless.pt': 'incomplete', 'missing.pt': 'no such file'} | {p.name: 'cut short' for p in tmp_path.glob('cut*')}.items():
+    wanted = {'trap.pt': 'more than weights', 'trap_old.pt': 'more than weights', 'quota.pt': 'web page', 'empty.pt': 'cut short', 'words.pt': 'cut short', 'other.pt': 'conv1.weight', 'list.pt': 'layout',
+        'tensor.pt': 'layout', 'less.pt': 'h.1.mlp.c_fc.bias', 'bent.pt': 'incomplete', 'wordless.pt': 'incomplete', 'missing.pt': 'no such file'}
+    for name, why in (wanted | {p.name: 'cut short' for p in tmp_path.glob('cut*')}).items():
         line = refusal(find_published, tmp_path/name)
         assert name in line and why in line.lower(), line
     assert not (tmp_path/'sprung').exists() and [p.name for p in cache.iterdir()] == ['gpt2']   # nothing run, nothing half-written
@@ -335,16 +336,17 @@ def test_fetched_checked_and_converted_once(drive, cache, tmp_path, monkeypatch)
     assert sorted(p.name for p in cache.iterdir() if p.suffix != '.lock') == ['gpt2', 'mine']
 
 def test_cut_in_the_middle(drive, cache, monkeypatch):
-    body = os.urandom(300_000)
-    drive.files['file'], drive.cuts = body, [100_000, 200_000]
+    spans = lambda: [int(span[6:-1]) for _, span in drive.asked if span]   # gdown reads half a megabyte at a time, and goes on behind the last that was whole
+    body = os.urandom(2_000_000)
+    drive.files['file'], drive.cuts = body, [700_000, 1_400_000]
     published(monkeypatch, drive)
     assert fetch('mine').read_bytes() == body                      # cut twice, gone on with at once
-    assert [span for _, span in drive.asked if span] == ['bytes=100000-', 'bytes=200000-']
-    (cache/'mine.pt').unlink(); drive.asked.clear(); drive.cuts = [50_000]*5
+    assert 0 < spans()[0] <= 700_000 < spans()[1] <= 1_400_000 and len(spans()) == 2
+    (cache/'mine.pt').unlink(); drive.asked.clear(); drive.cuts = [600_000]*5
     line = refusal(fetch, 'mine')                                   # cut again and again: given up
     assert 'drive.google.com/file/d/file/view' in line and str(cache/'mine.pt') in line and not (cache/'mine.pt').exists()
     drive.cuts.clear(); drive.asked.clear()
-    assert fetch('mine').read_bytes() == body and drive.asked[-1][1] == 'bytes=50000-'   # the next start goes on from there
+    assert fetch('mine').read_bytes() == body and 0 < spans()[-1] <= 600_000   # the next start goes on from there
     assert not [p for p in cache.iterdir() if 'fetched' in p.name]
 
 def test_what_is_not_the_file_is_not_kept(drive, cache, monkeypatch):
@@ -380,13 +382,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
     "As much of the Hub as single files and folders need"
     def do_HEAD(self): self.do_GET()
     def do_GET(self):
-        path = self.path.split('?')[0].strip('/').split('/')
+        path = self.path.split('?')[0].strip('/').removeprefix('api/models/').split('/') + ['']
         file = Path(self.server.folder)/path[1]/'/'.join(path[4:]) if len(path) > 4 and path[2] == 'resolve' else None
         found = file is not None and file.is_file()
         body = file.read_bytes() if found else b''
         self.send_response(200 if found else 404)
         if found: self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"'); self.send_header('X-Repo-Commit', 'a'*40)
-        else: self.send_header('X-Error-Code', 'EntryNotFound' if file is not None and file.parent.is_dir() else 'RepoNotFound')
+        else: self.send_header('X-Error-Code', 'EntryNotFound' if (Path(self.server.folder)/path[1]).is_dir() else 'RepoNotFound')
         self.send_header('Content-Length', str(len(body))); self.end_headers()
         if self.command == 'GET': self.wfile.write(body)
     def log_message(self, *_): pass
@@ -418,7 +420,7 @@ def test_the_tower_and_the_tokenizer_come_from_the_hub(kept, tmp_path):
     env |= dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path/'home'), HF_HUB_DISABLE_TELEMETRY='1', CLIPCAP_CACHE=str(tmp_path/'cache'))
     with subprocess.Popen([sys.executable, '-c', hub_asking], text=True, stdin=-1, stdout=-1, stderr=-1, env=env) as run:
         def ask(name): run.stdin.write(name + '\n'); run.stdin.flush(); return run.stdout.readline().strip()
-        assert ask('someone/mine/weights.pt') == '1 projected 512', run.stderr.read()
+        assert ask('someone/mine/weights.pt') == '1 projected 512'
         assert 'someone/mine' in ask('someone/mine/nothing.pt') and 'someone/nobody' in ask('someone/nobody/weights.pt')
         server.shutdown(); server.server_close()
         assert ask('someone/mine/weights.pt') == '1 projected 512', 'without the Hub, from the cache'
