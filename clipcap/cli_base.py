@@ -46,7 +46,7 @@ def _clipcap(version: Annotated[bool, typer.Option('--version', callback=_versio
     "Captions for photos, and all that it takes to train a model that writes them. `clipcap COMMAND -h` tells more."
 
 # %% ../nbs/13_cli_base.ipynb #13-b02
-Model = Annotated[str, typer.Option(help='A bundled model, the folder of one, or owner/name on the Hugging Face Hub.')]
+Model = Annotated[str, typer.Option(help='A name of `clipcap models`, a folder, a published .pt file, or owner/name on the Hugging Face Hub.')]
 Device = Annotated[str|None, typer.Option(help='cpu, cuda, ...; cuda is taken where there is one.', show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help='How many at once.')]
 

@@ -79,6 +79,7 @@ def caption(
     candidates: Annotated[int, typer.Option(help='Captions a photo.')]=1,
     max_length: Annotated[int, typer.Option(help='Tokens of a caption at most.')]=40,
     seed: Annotated[int|None, typer.Option(help='The same seed, the same dice.', show_default=False)]=None,
+    published: Annotated[bool|None, typer.Option('--published/--own', help='How a checkpoint of another project decodes: as its authors did, or as ours do. As its authors did, where that is enough.', show_default=False)]=None,
     format: Annotated[Literal['txt', 'json', 'csv'], typer.Option(help='txt: photo, tab, caption.')]='txt',
     render: Annotated[Path|None, typer.Option(metavar='DIR', help='Also draw each caption under its photo, into this folder.', show_default=False)]=None,
     device: Device=None, batch_size: BatchSize=16):
@@ -86,11 +87,10 @@ def caption(
     photos, faults = find_photos(photos)
     if render and render.resolve() in {Path(photo).resolve().parent for photo in photos if '://' not in photo}:
         raise typer.BadParameter('the photos themselves lie there; give another folder', param_hint='--render')
-    from clipcap.generate import GenerationOptions
-    from clipcap.image import Captioner
-    options = GenerationOptions(beams, temperature, top_p, top_k, candidates, max_length, seed)
+    from clipcap.pretrained import GenerationOptions, open_captioner
+    options = GenerationOptions(beams, temperature, top_p, top_k, candidates, max_length, seed, published)
     everything = len(photos) + len(faults)
-    write_captions(_captions(Captioner(model, device, batch_size), photos, options, faults, render) if photos else (), format)
+    write_captions(_captions(open_captioner(model, device, batch_size), photos, options, faults, render) if photos else (), format)
     if faults and everything > 1: complain(f'{len(faults)} of {everything} could not be captioned')
     if faults: raise typer.Exit(1)
 

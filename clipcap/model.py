@@ -136,7 +136,7 @@ def encode(
 ) -> list[list[int]]:     # token ids, the end token last
     "Captions as token ids, each closed by the end token"
     ids = tokenizer(captions, add_special_tokens=False, truncation=True, max_length=max_tokens - 1).input_ids
-    return [i + [tokenizer.eos_token_id] for i in ids]
+    return [i if i[-1:] == [tokenizer.eos_token_id] else i + [tokenizer.eos_token_id] for i in ids]   # a text may bring it
 
 def pad(
     ids: list[list[int]],  # captions of different lengths

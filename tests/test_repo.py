@@ -57,13 +57,13 @@ def test_module_imports_only_earlier_ones(path):
 def test_requirements_are_what_the_package_imports():
     ini = ConfigParser(delimiters=['='])
     ini.read(root/'settings.ini', encoding='utf-8')
-    wanted = lambda key: {canonical(re.match(r'[\w.-]+', r)[0]) for r in ini['DEFAULT'][key].split()}
-    asked, extra = wanted('requirements'), wanted('video_requirements')
+    wanted = lambda *keys: {canonical(re.match(r'[\w.-]+', r)[0]) for key in keys for r in ini['DEFAULT'][key].split()}
+    asked, extra = wanted('requirements'), wanted(*(k for k in ini['DEFAULT'] if k.endswith('_requirements') and k != 'dev_requirements'))
     names, homes = {n.split('.')[0] for m in tree for n in imports(m)} - {'clipcap'} - sys.stdlib_module_names, packages_distributions()
     assert not names & {'nbdev', 'fastcore', 'execnb'}, 'nbdev is a developer\'s tool'
     used = {n: {canonical(d) for d in homes.get(n, [n])} for n in names}
     assert not {n: d for n, d in used.items() if not d & (asked | extra)}, 'imported, but not required in settings.ini'
-    assert not asked - set().union(*used.values()), 'required in settings.ini, but never imported'
+    assert not (asked | extra) - set().union(*used.values()), 'required in settings.ini, but never imported'
 
 @each_module
 def test_module_is_short_and_documented(path):
