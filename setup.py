@@ -30,7 +30,8 @@ setup(
     packages=find_packages(include=[cfg['lib_name'], cfg['lib_name']+'.*']),
     cmdclass={'build_py': BuildWithModel},
     python_requires='>='+cfg['min_python'],
-    install_requires=words('requirements'), extras_require={'dev': words('dev_requirements')},
+    install_requires=words('requirements'),
+    extras_require={key.removesuffix('_requirements'): words(key) for key in cfg if key.endswith('_requirements')},
     entry_points={'console_scripts': words('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

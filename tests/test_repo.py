@@ -61,7 +61,8 @@ def test_requirements_are_what_the_package_imports():
     names, homes = {n.split('.')[0] for m in tree for n in imports(m)} - {'clipcap'} - sys.stdlib_module_names, packages_distributions()
     assert not names & {'nbdev', 'fastcore', 'execnb'}, 'nbdev is a developer\'s tool'
     used = {n: {canonical(d) for d in homes.get(n, [n])} for n in names}
-    assert not {n: d for n, d in used.items() if not d & asked}, 'imported, but not required in settings.ini'
+    extras = {canonical(re.match(r'[\w.-]+', r)[0]) for key in ini['DEFAULT'] if key.endswith('_requirements') and key != 'dev_requirements' for r in ini['DEFAULT'][key].split()}
+    assert not {n: d for n, d in used.items() if not d & (asked | extras)}, 'imported, but not required in settings.ini'
     assert not asked - set().union(*used.values()), 'required in settings.ini, but never imported'
 
 @each_module
