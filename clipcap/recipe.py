@@ -157,7 +157,8 @@ def train_recipe(
     tracker: str=None,     # tensorboard or wandb
 ) -> pd.DataFrame:         # the history
     "Train a captioner on a folder of photos and captions; a killed run goes on where it was"
-    folder, (table, photos), here = Path(folder), read_dataset(data), PartialState(timeout=timedelta(days=1))
+    folder, (table, photos) = Path(folder), read_dataset(data)
+    here = PartialState(cpu=device == 'cpu' or not torch.cuda.is_available(), timeout=timedelta(days=1))
     with enough_memory(recipe):
         tower = load_tower(recipe.tower or find_model(recipe.model), recipe.features, recipe.image_size, device)
         if here.is_main_process: embed_images(tower, [photos/name for name in table.image.unique()], store or folder/'features', photos, progress=progress)

@@ -138,11 +138,11 @@ def _standardise(mapper, captions):
     features = torch.as_tensor(np.asarray(captions.store[some], dtype=np.float32)).flatten(0, 1)
     mapper.mean.copy_(features.mean(0)); mapper.std.copy_(features.std(0).clamp_min(1e-3))
 
-def _check_same_run(folder, settings, main):
+def _check_same_run(folder, settings, usual, main):
     "Refuse to go on with other settings than the run was begun with; a setting that it did not know yet counts as what it is by default"
     file = folder/'settings.json'
     if file.exists() and (folder/'last.safetensors').exists():
-        before = asdict(TrainConfig()) | json.loads(file.read_text())
+        before = usual | json.loads(file.read_text())
         other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
         if other: raise ClipcapError(f"'{folder}' holds a run with other settings ({', '.join(other)}): give the same ones to go on with it, or another folder")
     elif main: folder.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(settings, indent=2) + '\n')
@@ -154,12 +154,11 @@ def draw_history(
 ):                          # a matplotlib Figure
     "Losses, and scores where there are any, against epochs"
     from matplotlib.figure import Figure
-    kinds = ['loss', *(['score'] if 'score' in history else [])]
-    figure = Figure(figsize=(4*len(kinds), 2.2), layout='constrained')
-    for kind, ax in zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0]):
-        for column, label in dict(train_loss='training', val_loss='validation').items() if kind == 'loss' else [('score', 'validation')]:
-            ax.plot(history.epoch, history[column], 'o-', label=label)
-        ax.set_xlabel('epoch'); ax.set_ylabel('loss a token' if kind == 'loss' else kind); ax.legend()
+    curves = {'loss a token': dict(train_loss='training', val_loss='validation')} | ({'score': dict(score='validation')} if 'score' in history else {})
+    figure = Figure(figsize=(4*len(curves), 2.2), layout='constrained')
+    for (what, columns), ax in zip(curves.items(), figure.subplots(1, len(curves), squeeze=False)[0]):
+        for column, label in columns.items(): ax.plot(history.epoch, history[column], 'o-', label=label)
+        ax.set_xlabel('epoch'); ax.set_ylabel(what); ax.legend()
     return figure
 
 # %% ../nbs/04_train.ipynb #04-032
@@ -180,7 +179,7 @@ class _Run:
         save_checkpoint(self.last, self.model, self.optimizer, {k: getattr(self, k) for k in ('epoch', 'step', 'train_loss', 'history')} | scaler)
 
     @property
-    def best(self): return max(self.history, key=lambda row: row.get('score', -row['val_loss']))
+    def best(self): return max(self.history, key=lambda row: (row.get('score', 0), -row['val_loss']))
     @property
     def over(self): return self.epoch == self.config.epochs or 0 < self.config.patience <= len(self.history) - (self.best['epoch'] if self.history else 0)
 
@@ -236,7 +235,7 @@ def _accelerator(model, config, folder, tracker):
     if tracker and not (tracker in ('tensorboard', 'wandb') and find_spec(tracker)):
         raise ClipcapError(f"tracker '{tracker}' is not there: take tensorboard or wandb, and install it (pip install 'clipcap[trackers]')")
     AcceleratorState._reset_state(reset_partial_state=not several)   # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=config.precision.replace('fp32', 'no'), cpu=device.type == 'cpu' and not several, device_placement=several,
+    accelerator = Accelerator(mixed_precision=config.precision.replace('fp32', 'no'), cpu=device.type == 'cpu' and not (several and torch.cuda.is_available()), device_placement=several,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         log_with=tracker, project_dir=folder)
     if config.precision == 'fp16' and accelerator.device.type == 'cpu': raise ClipcapError('precision fp16 needs a GPU: take bf16 or fp32')
@@ -250,8 +249,8 @@ def _close(run):   # the model is given back as it came
 def _begin(model, learn, config, folder, tracker):
     "A new run, or the one in the folder at its last checkpoint"
     accelerator = _accelerator(model, config, folder, tracker)
-    settings = asdict(config) | dict(mapper=asdict(model.config), captions=len(learn), features=getattr(learn.store, 'fingerprint', None))
-    _check_same_run(folder, settings, accelerator.is_main_process)
+    settings = asdict(config) | dict(mapper=asdict(model.config), captions=len(learn), features=getattr(learn.store, 'fingerprint', None), processes=accelerator.num_processes)
+    _check_same_run(folder, settings, asdict(type(config)()) | dict(processes=1), accelerator.is_main_process)
     if learn.store is not None: _standardise(model.mapper, learn)
     if tracker: accelerator.init_trackers('clipcap', {k: str(v) for k, v in settings.items()})
     return _Run(model, config, learn, folder, accelerator)

@@ -90,7 +90,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
 @pytest.mark.parametrize('extra', [{}, dict(accumulate=2)], ids=['plain', 'accumulated'])
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path, extra):
     several = start('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, __file__, 'short', tmp_path/'two', json.dumps(dict(batch_size=16//extra.get('accumulate', 1)) | extra))
-    assert several.wait(300) == 0, several.stderr.read()
+    assert several.wait(900) == 0, several.stderr.read()
     alone = learn(tmp_path/'one', batch_size=32)
     assert same(weights(tmp_path/'one'), weights(tmp_path/'two'), 1e-4)
     together = pd.read_csv(tmp_path/'two'/'history.csv')
