@@ -1,6 +1,5 @@
 "Training: killed runs, parts of a batch, several processes, half precision, and what a run leaves behind"
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
+import json, multiprocessing, os, socket, time
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -42,7 +41,12 @@ def same(a, b, atol=0.0):
     assert a.keys() == b.keys()
     return max(float((a[k].float() - b[k].float()).abs().max()) for k in a if k.startswith('model.')) <= atol
 
-def start(*command): return subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+processes = multiprocessing.get_context('forkserver')   # each begins as this module is after its imports
+processes.set_forkserver_preload([__name__])
+
+def start(target, *arguments):
+    process = processes.Process(target=target, args=arguments); process.start()
+    return process
 
 # ---- killed and started again
 @pytest.fixture(scope='module')
@@ -51,17 +55,18 @@ def unbroken(tmp_path_factory):
     long_run(folder)
     return folder
 
-def long_run(folder): train(fresh(0.1), table, Store(), TrainConfig(epochs=3, batch_size=32, save_every=7), folder, progress=False)
+def long_run(folder):
+    torch.set_num_threads(1)
+    train(fresh(0.1), table, Store(), TrainConfig(epochs=3, batch_size=32, save_every=7), folder, progress=False)
 
 def test_sigkill_and_resume(unbroken, tmp_path):
     kills, checkpoint = 0, tmp_path/'run'/'last.safetensors'
     for after in (1, 4):                      # once early, once a few checkpoints later
-        run, seen = start(__file__, 'long', tmp_path/'run'), set()
-        while run.poll() is None and len(seen) < after:
+        run, seen = start(long_run, tmp_path/'run'), set()
+        while run.is_alive() and len(seen) < after:
             if checkpoint.exists(): seen.add(checkpoint.stat().st_mtime_ns)
             time.sleep(0.005)
-        if run.poll() is None: run.send_signal(signal.SIGKILL); kills += 1
-        run.wait()
+        kills += run.is_alive(); run.kill(); run.join()
     assert kills, 'the run ended before it could be killed'
     (tmp_path/'run'/'.best.left').mkdir()     # as a kill leaves it while the best model is being written
     long_run(tmp_path/'run')
@@ -87,16 +92,24 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     learn(tmp_path/'other', batch_size=8)
     assert not same(weights(tmp_path/'one'), weights(tmp_path/'other'), 1e-2)
 
-@pytest.mark.parametrize('extra', [{}, dict(accumulate=2)], ids=['plain', 'accumulated'])
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path, extra):
-    several = start('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, __file__, 'short', tmp_path/'two', json.dumps(dict(batch_size=16//extra.get('accumulate', 1)) | extra))
-    assert several.wait(900) == 0, several.stderr.read()
+def one_of_two(rank, port, folder, config):
+    "What torchrun starts"
+    os.environ |= dict(RANK=f'{rank}', LOCAL_RANK=f'{rank}', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}', OMP_NUM_THREADS='1')
+    learn(folder, **config)
+
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     alone = learn(tmp_path/'one', batch_size=32)
-    assert same(weights(tmp_path/'one'), weights(tmp_path/'two'), 1e-4)
-    together = pd.read_csv(tmp_path/'two'/'history.csv')
-    assert np.allclose(alone[['train_loss', 'val_loss']], together[['train_loss', 'val_loss']], atol=1e-4)
-    CaptionModel.from_pretrained(tmp_path/'two'/'best')
-    with pytest.raises(ClipcapError, match='processes'): learn(tmp_path/'two', batch_size=16//extra.get('accumulate', 1), **extra)
+    for name, config in dict(two=dict(batch_size=16), parts=dict(batch_size=8, accumulate=2)).items():
+        with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
+        pair = [start(one_of_two, rank, port, tmp_path/name, config) for rank in (0, 1)]
+        for process in pair: process.join(900)
+        assert [process.exitcode for process in pair] == [0, 0]
+        assert json.loads((tmp_path/name/'settings.json').read_text())['processes'] == 2
+        assert same(weights(tmp_path/'one'), weights(tmp_path/name), 1e-4)
+        together = pd.read_csv(tmp_path/name/'history.csv')
+        assert np.allclose(alone[['train_loss', 'val_loss']], together[['train_loss', 'val_loss']], atol=1e-4)
+        CaptionModel.from_pretrained(tmp_path/name/'best')
+    with pytest.raises(ClipcapError, match='processes'): learn(tmp_path/'two', batch_size=16)
 
 # ---- how the weights move
 def test_rates_of_mapper_and_language_model(tmp_path):
@@ -134,8 +147,3 @@ def test_tensorboard(tmp_path):
     log = EventAccumulator(str(next(tmp_path.rglob('events*')).parent)); log.Reload()
     assert {'loss', 'rate', 'val_loss'} <= set(log.Tags()['scalars']) and len(log.Scalars('loss')) == 9
     assert not list(tmp_path.with_name('none').rglob('events*'))
-
-if __name__ == '__main__':
-    what, folder, *how = sys.argv[1:]
-    if what == 'long': long_run(Path(folder))
-    else: learn(Path(folder), **json.loads(how[0]))
