@@ -100,4 +100,5 @@ def train(data: Annotated[Path, typer.Option(metavar='FOLDER', help='A data set:
     say(recipe_text(recipe))
     bars = sys.stderr.isatty() and os.environ.get('RANK', '0') == '0'
     train_recipe(recipe, data, model_out, store, device, lambda history: say(_news(recipe, model_out, history)), bars, tracker)
+    if 'RANK' in os.environ: from accelerate import PartialState; PartialState().destroy_process_group()
     say(f'Now try: clipcap caption photo.jpg --model {model_out/"best"}')

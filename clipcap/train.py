@@ -161,6 +161,19 @@ def draw_history(
         ax.set_xlabel('epoch'); ax.set_ylabel(what); ax.legend()
     return figure
 
+# %% ../nbs/04_train.ipynb #04-run-e
+def _accelerator(model, config, folder, tracker):
+    "The Accelerator of one run: where the model is; of several processes, each on a device of its own"
+    several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, next(model.parameters()).device
+    if tracker and not (tracker in ('tensorboard', 'wandb') and find_spec(tracker)):
+        raise ClipcapError(f"tracker '{tracker}' is not there: take tensorboard or wandb, and install it (pip install 'clipcap[trackers]')")
+    AcceleratorState._reset_state(reset_partial_state=not several)   # an earlier run in this process may have had another precision
+    accelerator = Accelerator(mixed_precision=config.precision.replace('fp32', 'no'), cpu=device.type == 'cpu' and not (several and torch.cuda.is_available()), device_placement=several,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        log_with=tracker, project_dir=folder)
+    if config.precision == 'fp16' and accelerator.device.type == 'cpu': raise ClipcapError('precision fp16 needs a GPU: take bf16 or fp32')
+    return accelerator
+
 # %% ../nbs/04_train.ipynb #04-032
 class _Run:
     "Where a training run is: epoch, step within it, losses so far"
@@ -228,23 +241,6 @@ def _close_epoch(run, check, score, tower):
     replace_file(run.folder/'history.png', lambda new: draw_history(history).savefig(new, format='png', dpi=150))
     run.save()
 
-# %% ../nbs/04_train.ipynb #04-run-e
-def _accelerator(model, config, folder, tracker):
-    "The Accelerator of one run: where the model is; of several processes, each on a device of its own"
-    several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, next(model.parameters()).device
-    if tracker and not (tracker in ('tensorboard', 'wandb') and find_spec(tracker)):
-        raise ClipcapError(f"tracker '{tracker}' is not there: take tensorboard or wandb, and install it (pip install 'clipcap[trackers]')")
-    AcceleratorState._reset_state(reset_partial_state=not several)   # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=config.precision.replace('fp32', 'no'), cpu=device.type == 'cpu' and not (several and torch.cuda.is_available()), device_placement=several,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-        log_with=tracker, project_dir=folder)
-    if config.precision == 'fp16' and accelerator.device.type == 'cpu': raise ClipcapError('precision fp16 needs a GPU: take bf16 or fp32')
-    return accelerator
-
-def _close(run):   # the model is given back as it came
-    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False).eval()
-    for tracker in run.accelerator.trackers: tracker.finish()
-
 # %% ../nbs/04_train.ipynb #04-031-b
 def _begin(model, learn, config, folder, tracker):
     "A new run, or the one in the folder at its last checkpoint"
@@ -254,6 +250,10 @@ def _begin(model, learn, config, folder, tracker):
     if learn.store is not None: _standardise(model.mapper, learn)
     if tracker: accelerator.init_trackers('clipcap', {k: str(v) for k, v in settings.items()})
     return _Run(model, config, learn, folder, accelerator)
+
+def _close(run):   # the model is given back as it came
+    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False).eval()
+    for tracker in run.accelerator.trackers: tracker.finish()
 
 # %% ../nbs/04_train.ipynb #04-031
 def train(
@@ -280,7 +280,7 @@ def train(
                 _one_epoch(run, bar); _close_epoch(run, check, score, tower)
                 if report and main: report(pd.DataFrame(run.history))
         finally: _close(run)
-    return pd.DataFrame(run.history)
+    run.accelerator.wait_for_everyone(); return pd.DataFrame(run.history)
 
 # %% ../nbs/04_train.ipynb #04-036
 class LivePlot:

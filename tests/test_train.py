@@ -1,6 +1,7 @@
 "Training: killed runs, parts of a batch, several processes, half precision, and what a run leaves behind"
 import json, multiprocessing, os, socket, time
 import numpy as np, pandas as pd, pytest, torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -96,6 +97,7 @@ def one_of_two(rank, port, folder, config):
     "What torchrun starts"
     os.environ |= dict(RANK=f'{rank}', LOCAL_RANK=f'{rank}', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}', OMP_NUM_THREADS='1')
     learn(folder, **config)
+    PartialState().destroy_process_group()
 
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     alone = learn(tmp_path/'one', batch_size=32)
