@@ -100,6 +100,7 @@ def load_language(
     if tokenizer.eos_token_id is None: raise ClipcapError(f"language model '{name}': its tokenizer has no end token; choose another")
     return language, tokenizer
 
+# %% ../nbs/08_recipe.ipynb #08-015-b
 def begin_model(
     recipe: Recipe,     # which parts
     tower: VisionTower, # whose features it will read
