@@ -229,7 +229,7 @@ def _one_epoch(run, bar):
 def _close_epoch(run, check, score, tower):
     main, told = run.accelerator.is_main_process, [0.0, 0.0]
     if main: run.model.eval(); told = [validation_loss(run.model, check) if check else run.train_loss, score(run.model) if score else 0.0]
-    if run.accelerator.num_processes > 1: told = broadcast(torch.tensor(told, device=run.accelerator.device)).tolist()
+    if run.accelerator.num_processes > 1: told = broadcast(torch.tensor(told, dtype=torch.float32, device=run.accelerator.device)).tolist()
     measured = dict(train_loss=run.train_loss, val_loss=told[0]) | (dict(score=told[1]) if score else {})
     run.accelerator.log(measured, step=run.epoch*run.steps + run.step)
     run.epoch, run.step = run.epoch + 1, 0
