@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MapperConfig', 'MLPMapper', 'TransformerMapper', 'Mapper', 'token_logits', 'CaptionModel', 'encode', 'pad',
-           'write_folder', 'save_pretrained', 'read_model_config', 'from_pretrained']
+           'write_folder', 'save_pretrained', 'read_model_config', 'from_pretrained', 'add_lora', 'replace_file',
+           'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/02_model.ipynb #02-002
-import copy, json, shutil, tempfile
+import copy, json, os, shutil, tempfile, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from .data import ClipcapError
 from .embed import quiet
@@ -163,11 +165,15 @@ def write_folder(
         for left in new, old: shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/02_model.ipynb #02-037
+def _plain(language):   # a copy, with what LoRA has learned added to its own weights
+    language = copy.deepcopy(language)
+    return language.merge_and_unload() if hasattr(language, 'merge_and_unload') else language
+
 def _write_model(model, folder, tower, dtype):
     config = dict(model_type='clipcap', mapper=asdict(model.config), freeze_language=model.frozen, tower=dict(tower.describe(), name='vision') if tower else None)
     (folder/'config.json').write_text(json.dumps(config, indent=2) + '\n')
     save_file(copy.deepcopy(model.mapper).cpu().to(dtype).state_dict(), folder/'model.safetensors', metadata={'format': 'pt'})
-    with quiet(): copy.deepcopy(model.language).cpu().to(dtype).save_pretrained(folder/'language')
+    with quiet(): _plain(model.language).cpu().to(dtype).save_pretrained(folder/'language')
     model.tokenizer.save_pretrained(folder/'language')
     if tower: tower.save_pretrained(folder/'vision')
 
@@ -209,3 +215,63 @@ def from_pretrained(
     return model.eval()
 
 CaptionModel.from_pretrained = classmethod(from_pretrained)
+
+# %% ../nbs/02_model.ipynb #02-lora-b
+def add_lora(
+    model,           # a `CaptionModel`; changed in place
+    rank: int=8,     # columns of the thin matrices
+    alpha: int=None, # their product is multiplied by alpha / rank; None = twice the rank
+):                   # the same model; ClipcapError where peft is not installed
+    "Freeze the language model but for thin matrices beside its own (LoRA)"
+    try: from peft import LoraConfig, get_peft_model
+    except ImportError: raise ClipcapError("lora needs peft: pip install 'clipcap[lora]'") from None
+    with warnings.catch_warnings():   # GPT-2 stores its matrices transposed; peft says that it has noticed
+        warnings.simplefilter('ignore')
+        model.language = get_peft_model(model.language, LoraConfig(r=rank, lora_alpha=alpha or 2*rank, target_modules='all-linear', task_type='CAUSAL_LM'))
+    model.frozen = False
+    return model
+
+# %% ../nbs/02_model.ipynb #02-check-b
+def replace_file(
+    file: Path,  # the file to make or to replace
+    write,       # called with another name for it, writes there
+):
+    "Make a file whole or not at all, even where the power is cut"
+    write(new := file.with_name(file.name + '.tmp'))
+    with open(new, 'rb') as written: os.fsync(written.fileno())
+    os.replace(new, file)
+
+def _learned(model):   # what training changes: learnable weights, and buffers such as running means
+    return {k: p for k, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
+
+def save_checkpoint(
+    file: Path,           # a .safetensors file; an older one is replaced
+    model,                # its learnable weights and its buffers are kept
+    optimizer,            # its memory is kept
+    progress: dict,       # how far the run is: anything JSON can hold
+):
+    "Everything needed to go on exactly, in one file"
+    tensors = {f'model.{k}': t.detach() for k, t in _learned(model).items()}
+    for n, state in optimizer.state_dict()['state'].items(): tensors |= {f'optimizer.{n}.{k}': v for k, v in state.items()}
+    tensors = {k: v.contiguous() for k, v in tensors.items()} | {'dice': torch.get_rng_state()}
+    replace_file(file, lambda new: save_file(tensors, new, metadata={'progress': json.dumps(progress)}))
+
+# %% ../nbs/02_model.ipynb #02-check-c
+def load_checkpoint(
+    file: Path,           # written by `save_checkpoint`
+    model,                # of the same build
+    optimizer,            # of the same build
+) -> dict:                # the progress stored with it
+    "Put model, optimiser and dice back where they were"
+    tensors = load_file(file)
+    with safe_open(file, 'pt') as f: progress = json.loads(f.metadata()['progress'])
+    weights = {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in _learned(model).items()}:
+        raise ClipcapError(f"the checkpoint '{file}' belongs to another model: use the settings it was begun with, or another folder")
+    with torch.no_grad(): [t.copy_(weights[k]) for k, t in _learned(model).items()]
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith('optimizer.'): _, n, k = key.split('.'); state.setdefault(int(n), {})[k] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
+    torch.set_rng_state(tensors['dice'])
+    return progress

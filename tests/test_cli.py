@@ -49,7 +49,7 @@ def test_help_is_light(arguments):
     assert run.stdout.startswith({'--version': 'clipcap 0', '--nonsense': ''}.get(arguments[-1], 'Usage: clipcap'))
 
 def test_usage_errors():
-    for wrong in [], ['capton'], ['caption'], ['caption', 'a.jpg', '--format', 'xml'], ['caption', 'a.jpg', '--batch-size', 0], ['train', 'x'], ['data', '-n', 'many']:
+    for wrong in [], ['capton'], ['caption'], ['caption', 'a.jpg', '--format', 'xml'], ['caption', 'a.jpg', '--batch-size', 0], ['train', '--data', 'x'], ['data', '-n', 'many']:
         assert clipcap(*wrong, code=2)
 
 # ---- captions
@@ -207,22 +207,33 @@ def test_embed(scenes, photos, tmp_path):
     assert '2 photos' in said and 'b.jpg' in lines[0] and '1 photo' in lines[-1]
 
 def test_train(scenes, photos, tmp_path):
-    run = shell('train', scenes, '--output', tmp_path/'run', '--epochs', 1, '--batch-size', 32)
+    how = ['train', '--data', scenes, '--model-out', tmp_path/'run', '--epochs', 1, '--batch-size', 32]
+    run = shell(*how)
     assert run.returncode == 0 and run.stderr == '', run.stderr
-    *_, epoch, last = run.stdout.splitlines()
-    assert re.match(r'epoch 1: training loss \d', epoch)
+    *recipe, epoch, last = run.stdout.splitlines()
+    assert re.match(r'epoch 1: training loss \d', epoch) and {'epochs: 1', 'batch_size: 32', 'rate: 0.001', 'language: null'} <= set(recipe)
+    assert (tmp_path/'run'/'recipe.yaml').read_text().splitlines() == [line for line in recipe if line]
     advice = re.search(r'clipcap caption photo.jpg --model (.+)$', last)[1]
     assert len(clipcap('caption', photos, '--model', advice)[0].splitlines()) == 3
     assert clipcap('caption', photos/'a.jpg', '--model', tmp_path/'run')[0] == clipcap('caption', photos/'a.jpg', '--model', advice)[0]
-    again = clipcap('train', scenes, '--output', tmp_path/'run', '--epochs', 1, '--batch-size', 32)[0]   # finished: nothing left to do
-    assert again.splitlines() == [last]
-    assert 'epochs' in complaint('train', scenes, '--output', tmp_path/'run', '--epochs', 2, '--batch-size', 32)
+    again = clipcap(*how)[0]   # finished: nothing left to do
+    assert again.splitlines() == [*recipe, last]
+    refused, [line] = clipcap('train', '--data', scenes, '--model-out', tmp_path/'run', '--epochs', 2, '--batch-size', 32, code=1)
+    assert 'epochs' in line
 
 def test_train_a_new_mapper(scenes, photos, tmp_path):
     clipcap('embed', scenes, '--output', tmp_path/'features', '--features', 'pooled')
-    how = ['--store', tmp_path/'features', '--features', 'pooled', '--mapper', 'transformer', '--prefix-length', 3, '--freeze-language', '--epochs', 1]
-    clipcap('train', scenes, '--output', tmp_path/'run', *how)
+    (tmp_path/'recipe.yaml').write_text('features: pooled\nmapper: transformer\nprefix_length: 3\nmapper_layers: 2\nepochs: 7\nfreeze_language: true\n')
+    how = ['train', '--data', scenes, '--store', tmp_path/'features', '--config', tmp_path/'recipe.yaml']
+    clipcap(*how, '--model-out', tmp_path/'run', '--epochs', 1)
     config = json.loads((tmp_path/'run'/'best'/'config.json').read_text())
     assert config['mapper']['kind'] == 'transformer' and config['mapper']['prefix_length'] == 3 and config['mapper']['cells'] == 1 and config['freeze_language']
     assert not (tmp_path/'run'/'features').exists() and clipcap('caption', photos/'a.jpg', '--model', tmp_path/'run')
-    assert 'no-such' in complaint('train', scenes, '--output', tmp_path/'x', '--store', tmp_path/'features', '--features', 'pooled', '--language', tmp_path/'no-such')
+    wrong = lambda *options: clipcap(*how, '--model-out', tmp_path/'x', *options, code=1)[1][-1]
+    assert 'no-such' in wrong('--language', tmp_path/'no-such') and 'preset' in wrong('--preset', 'medium') and 'lora' in wrong('--lora', 4)
+
+def test_train_without_memory(scenes, tmp_path):
+    program = 'import torch, clipcap.train; from unittest import mock; from clipcap.cli import main\ndef full(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried")\n'
+    program += 'with mock.patch("clipcap.train._one_step", full): main()'
+    run = subprocess.run([sys.executable, '-c', program, 'train', '--data', scenes, '--model-out', tmp_path/'run', '--batch-size', '48'], capture_output=True, text=True)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1 and 'batch_size (now 48)' in run.stderr and 'accumulate' in run.stderr, run.stderr
