@@ -91,9 +91,10 @@ def score_captions(
     "How likely the model holds captions of photos to be"
     device, scores = model.mapper.mean.device, []
     pairs = [(row, caption) for row, some in enumerate(captions) for caption in some]
+    room = getattr(model.language.config, 'max_position_embeddings', 1024) - model.mapper(torch.as_tensor(features[:1]).to(device, model.mapper.mean.dtype)).shape[1]
     for start in range(0, len(pairs), batch_size):
         rows, texts = zip(*pairs[start:start + batch_size])
-        ids, mask = (t.to(device) for t in pad(encode(model.tokenizer, list(texts), 1000), model.tokenizer.eos_token_id))
+        ids, mask = (t.to(device) for t in pad(encode(model.tokenizer, list(texts), room), model.tokenizer.eos_token_id))
         logits = token_logits(model, torch.as_tensor(features[list(rows)]).to(device, model.mapper.mean.dtype), ids, mask)
         of_token = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]*mask
         scores += (of_token.sum(1)/mask.sum(1)).tolist()

@@ -146,6 +146,7 @@ def make_writer(
     train(writer, texts, None, config.text, work/'text')
     return writer
 
+# %% ../nbs/12_tiny.ipynb #12-030b
 def make_captioner(
     table: pd.DataFrame,   # image, caption, split: captioned photos, in the plain form
     views: dict[str, list[str]],  # names of the views of those to learn from

@@ -203,7 +203,7 @@ def test_clipcap_token_for_token(layout, prefix_of, how, cache, tmp_path):
         few = range(PHOTOS) if how.get('zipped', True) else range(0, PHOTOS, 10)
         beams = [published_beam(gpt, prefixes[i], 5) for i in few]
         assert clipcap_tokens(model.language, model.mapper(features[list(few)]), beams=5) == beams
-    assert 2*[len({len(ids) for ids in five}) > 1 for five in beams].count(True) > len(beams)/5   # beams of several lengths in one race
+    assert [len({len(ids) for ids in five}) > 1 for five in beams].count(True) > 2   # beams of several lengths in one race
     texts = generate_captions(model, features, batch_size=64)
     assert texts == [[model.tokenizer.decode(ids).strip()] for ids in greedy] and texts[:3] == generate_captions(model, features[:3], GenerationOptions(published=True))
     several = generate_captions(model, features[list(few)[:9]], GenerationOptions(beams=5, candidates=3))
