@@ -172,12 +172,12 @@ def _caption_video(clip, which, model, how, formats, lang, frames, sheet, mux, b
     if bad := set(kinds) - {'srt', 'vtt', 'json', 'txt'}: raise typer.BadParameter(f"'{min(bad)}' is none of srt, vtt, json, txt", param_hint='--formats')
     from tqdm import tqdm
     from clipcap.generate import GenerationOptions
-    from clipcap.image import Captioner
+    from clipcap.pretrained import open_captioner
     from clipcap.video import VideoReader, caption_samples, merge_alike
     beams, temperature, seed = how
     options, reader = GenerationOptions(beams, temperature, seed=seed), VideoReader(clip)
     samples = tqdm(_samples(reader, *which), unit=' frames', disable=not sys.stderr.isatty())
-    said = caption_samples(samples, Captioner(model, device, batch_size), options, batch_size)
+    said = caption_samples(samples, open_captioner(model, device, batch_size), options, batch_size)
     if frames: said = _with_files(said, output/f'{clip.stem}_captioning_frames')
     said, some = keep_some(merge_alike(said))
     files = list(_written(clip, reader, said, some, kinds, lang, output, sheet, mux, burn))

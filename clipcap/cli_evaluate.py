@@ -41,8 +41,8 @@ def _captions(given, references, ids, photos, model, beams, device, batch_size):
     from clipcap.report import predict, read_predictions
     if given: return {given.stem: read_predictions(given, ids)}
     from clipcap.generate import GenerationOptions
-    from clipcap.image import Captioner
-    captioner = Captioner(model, device, batch_size)
+    from clipcap.pretrained import open_captioner
+    captioner = open_captioner(model, device, batch_size)
     return {f'{model}, beams {width}': predict(captioner, photos, GenerationOptions(beams=width), batch_size, sys.stderr.isatty()) for width in beams}
 
 def _scores(references, said, towers, photos, **how):   # with those of the two towers, where there are any
