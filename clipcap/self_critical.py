@@ -46,7 +46,7 @@ class CiderReward:
 @dataclass(frozen=True)
 class RewardConfig:
     "How a captioner is trained on whole captions"
-    steps: int = 1100      # of the whole run
+    steps: int = 1225      # of the whole run
     photos: int = 32       # a step
     samples: int = 5       # captions of each photo
     rate: float = 1.5e-4   # the highest learning rate; it climbs for 20 steps and then falls in a straight line
