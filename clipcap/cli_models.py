@@ -27,7 +27,7 @@ SIZES = dict(S='flickr30k-small', L='flickr30k-large')
 PHOTO = 'caption', 'S', {'-I': '', '--img-path': '', '-R': '--render', '--res-path': '--render', '-T': '--temperature', '--temperature': '--temperature'}
 CLIP = 'video', 'L', {'-V': '', '--video-path': '', '-N': '--number', '--num-frames': '--number'}
 LEGACY = dict(image2caption=PHOTO, predict=PHOTO, evaluate=PHOTO, v2c=CLIP)   # old program: new command, size by default, old option: new option
-GONE = dict(dataset_generation='clipcap embed DATA --output FEATURES', training='clipcap train DATA --store FEATURES --output RUN')   # nothing of theirs fits
+GONE = dict(dataset_generation='clipcap embed DATA --output FEATURES', training='clipcap train --data DATA --store FEATURES --model-out RUN')   # nothing of theirs fits
 
 def new_command(
     program: str,          # an old program, with or without .py

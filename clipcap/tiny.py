@@ -16,6 +16,7 @@ from torch import nn
 from .data import ClipcapError, list_images, open_image, read_captions, read_dataset
 from .distill import Distillation, DistillConfig, distill, fit_words, make_student, measure, random_views, see, squash_photos
 from .embed import FeatureStore, VisionTower, embed_images, read_ahead
+from .image import save_image
 from .model import CaptionModel, MapperConfig
 from .self_critical import RewardConfig, self_critical
 from .train import TrainConfig, train
@@ -77,7 +78,7 @@ def write_views(
             if isinstance(pixels, ClipcapError): raise pixels
             dice = torch.Generator().manual_seed(zlib.crc32(path.name.encode()))
             seen = see(torch.as_tensor(pixels).permute(2, 0, 1).float().expand(times, -1, -1, -1), random_views(times, dice, 0.7), size)
-            for file, view in zip(files, seen.permute(0, 2, 3, 1).round().byte().numpy()): Image.fromarray(view).save(file, quality=95)
+            for file, view in zip(files, seen.permute(0, 2, 3, 1).round().byte().numpy()): save_image(Image.fromarray(view), file)
     return views
 
 # %% ../nbs/12_tiny.ipynb #12-v06

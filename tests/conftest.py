@@ -21,3 +21,17 @@ def repo_files():
     command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
     names = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split('\0')
     return sorted(Path(n) for n in set(names) if n and (root/n).is_file())
+
+def clipcap(*arguments, code=0):
+    "Run the command in this process: what it printed, and its complaints line by line"
+    from typer.testing import CliRunner
+    from clipcap.cli import app
+    result = CliRunner().invoke(app, [*map(str, arguments)], prog_name='clipcap')
+    assert result.exit_code == code and not isinstance(result.exception, Exception), (result.exception, result.output)
+    return result.stdout, result.stderr.splitlines()
+
+def complaint(*arguments):
+    "The one line with which the command refuses"
+    said, [line] = clipcap(*arguments, code=1)
+    assert not said and line.startswith('clipcap: ') and 'Traceback' not in line
+    return line

@@ -3,9 +3,8 @@ import csv, io, json, os, re, resource, shutil, signal, struct, subprocess, sys,
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from typer.testing import CliRunner
-from clipcap.cli import app
 from clipcap.data import draw_dataset, list_images
+from conftest import clipcap, complaint
 
 command = [sys.executable, '-m', 'clipcap.cli']
 offline = dict(HTTP_PROXY='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9', NO_PROXY='')
@@ -13,18 +12,6 @@ offline = dict(HTTP_PROXY='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9'
 def shell(*arguments, **how):
     "Run the command in a process of its own"
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, **how)
-
-def clipcap(*arguments, code=0):
-    "Run the command in this process: what it printed, and its complaints line by line"
-    result = CliRunner().invoke(app, [*map(str, arguments)], prog_name='clipcap')
-    assert result.exit_code == code and not isinstance(result.exception, Exception), (result.exception, result.output)
-    return result.stdout, result.stderr.splitlines()
-
-def complaint(*arguments):
-    "The one line with which the command refuses"
-    said, [line] = clipcap(*arguments, code=1)
-    assert not said and line.startswith('clipcap: ') and 'Traceback' not in line
-    return line
 
 @pytest.fixture(scope='module')
 def scenes(tmp_path_factory):

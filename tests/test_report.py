@@ -4,27 +4,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from typer.testing import CliRunner
-from clipcap.cli import app
 from clipcap.data import ClipcapError, draw_dataset
 from clipcap.evaluate import evaluate_captions
 from clipcap.generate import GenerationOptions
 from clipcap.report import evaluation_page, photo_ids, predict, read_predictions, read_references, write_coco
 from clipcap.retrieval import ranks, recall_table
+from conftest import clipcap, complaint
 
 java = pytest.mark.skipif(not shutil.which('java'), reason='METEOR and the official tokenizer run on Java')
 flickr8k = Path(__file__).resolve().parent.parent.parent/'shared'/'data'/'flickr8k'
-
-def clipcap(*arguments, code=0):
-    "Run the command in this process: what it printed, and its complaints line by line"
-    result = CliRunner().invoke(app, [*map(str, arguments)], prog_name='clipcap')
-    assert result.exit_code == code and not isinstance(result.exception, Exception), (result.exception, result.output)
-    return result.stdout, result.stderr.splitlines()
-
-def complaint(*arguments):
-    said, [line] = clipcap('evaluate', *arguments, code=1)
-    assert not said and line.startswith('clipcap: ') and 'Traceback' not in line
-    return line
 
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory): return draw_dataset(tmp_path_factory.mktemp('report')/'drawn', 60)
@@ -57,7 +45,7 @@ def test_without_java(drawn, people, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.which', lambda name: None)
     said, [line] = clipcap('evaluate', '--data', drawn, '--predictions', people, '--output', tmp_path)
     assert 'METEOR' in line and 'Java' in line and 'CIDEr' in said
-    assert 'Java' in complaint('--data', drawn, '--predictions', people, '--output', tmp_path, '--meteor')
+    assert 'Java' in complaint('evaluate', '--data', drawn, '--predictions', people, '--output', tmp_path, '--meteor')
 
 @java
 def test_official_tools_read_the_results_and_agree(drawn, people, tmp_path):
@@ -92,15 +80,15 @@ def test_splits_beside_a_table(tmp_path):
 
 def test_one_line_for_what_is_wrong(drawn, people, tmp_path):
     how = ['--output', tmp_path, '--no-meteor']
-    assert 'holdout' in complaint('--data', drawn, '--split', 'holdout', *how) and 'photos' in complaint('--data', drawn/'results.csv', *how)
-    assert 'nothing' in complaint('--data', tmp_path/'nothing', *how) and 'no.json' in complaint('--data', drawn, '--predictions', tmp_path/'no.json', *how)
+    assert 'holdout' in complaint('evaluate', '--data', drawn, '--split', 'holdout', *how) and 'photos' in complaint('evaluate', '--data', drawn/'results.csv', *how)
+    assert 'nothing' in complaint('evaluate', '--data', tmp_path/'nothing', *how) and 'no.json' in complaint('evaluate', '--data', drawn, '--predictions', tmp_path/'no.json', *how)
     rows = json.loads(people.read_text())
     for wrong, why in [(rows[1:], 'no caption for'), ({}, 'result format'), ([dict(image_id=1)], 'result format'), (rows + rows[:1], 'two captions'), ([dict(image_id='x', caption='y')], 'no caption for any'), ([dict(rows[0], caption=3), *rows[1:]], 'as text')]:
         (tmp_path/'bad.json').write_text(json.dumps(wrong))
-        assert why in complaint('--data', drawn, '--predictions', tmp_path/'bad.json', *how)
+        assert why in complaint('evaluate', '--data', drawn, '--predictions', tmp_path/'bad.json', *how)
     (tmp_path/'bad.json').write_text('not json')
-    assert 'result format' in complaint('--data', drawn, '--predictions', tmp_path/'bad.json', *how)
-    assert 'nowhere/at-all' in complaint('--data', drawn, '--predictions', people, '--clip', 'nowhere/at-all', *how)
+    assert 'result format' in complaint('evaluate', '--data', drawn, '--predictions', tmp_path/'bad.json', *how)
+    assert 'nowhere/at-all' in complaint('evaluate', '--data', drawn, '--predictions', people, '--clip', 'nowhere/at-all', *how)
     clipcap('evaluate', '--data', drawn, '--predictions', people, '--model', 'tiny', code=2); clipcap('evaluate', code=2); clipcap('evaluate', '--data', drawn, '--beams', 0, code=2)
     assert [p.name for p in tmp_path.iterdir()] == ['bad.json']
 
@@ -169,7 +157,7 @@ def test_two_towers_join_in(drawn, people, clip, tmp_path):
     told = json.loads((tmp_path/'s.json').read_text())
     assert not complaints and 0 <= told['CLIPScore'] <= 2.5 and told['recall@1'] <= told['recall@5'] <= told['recall@10'] == 1      # six photos
     assert all(metric in said and len(told['intervals'][metric]) == 2 for metric in ('CLIPScore', 'RefCLIPScore', 'recall@1'))
-    assert 'photos' in complaint('--data', drawn/'results.csv', '--predictions', people, '--clip', clip, '--output', tmp_path, '--no-meteor')
+    assert 'photos' in complaint('evaluate', '--data', drawn/'results.csv', '--predictions', people, '--clip', clip, '--output', tmp_path, '--no-meteor')
 
 # ---- real photos
 @pytest.mark.slow
