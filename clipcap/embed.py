@@ -58,12 +58,13 @@ def look(
 def features_of(
     model,                 # a vision model of transformers, CLIP's with or without its projection
     pixels: torch.Tensor,  # (B, 3, H, W)
-    features: str='grid',  # 'pooled', 'projected' (CLIP only) or 'grid'
+    features: str='grid',  # 'pooled', 'projected' (CLIP only), 'multiscale' or 'grid'
     max_cells: int=49,     # a larger grid is averaged down to a square of so many cells
-) -> torch.Tensor:         # (B, cells, C); pooled and projected: one cell; ClipcapError for a kind that the model lacks
+) -> torch.Tensor:         # (B, cells, C), one cell for all but grid, of twice the numbers for multiscale; ClipcapError for a kind that the model lacks
     "The features of a batch, as a list of cells in reading order"
-    kinds = ['pooled', 'grid', 'projected'][:2 + hasattr(model, 'visual_projection')]
+    kinds = ['pooled', 'grid', 'multiscale', 'projected'][:3 + hasattr(model, 'visual_projection')]
     if features not in kinds: raise ClipcapError(f"features '{features}': {type(model).__name__} has {', '.join(kinds)}; choose one of them")
+    if features == 'multiscale': return torch.cat([features_of(model, p, 'pooled') for p in (pixels, F.interpolate(pixels, scale_factor=0.6, mode='bicubic', antialias=True))], 2)
     try: grid, pooled = look(getattr(model, 'vision_model', model), pixels.to(model.device))
     except TypeError as error: raise ClipcapError(f'{type(model).__name__} wants more than photos ({error}): choose another model') from error
     if features != 'grid': return (model.visual_projection(pooled) if features == 'projected' else pooled)[:, None]
@@ -136,7 +137,7 @@ class VisionTower:
     def __init__(self,
         model,                 # a vision model of transformers
         processor,             # its image processor
-        features: str='grid',  # 'pooled', 'projected' (CLIP only) or 'grid'
+        features: str='grid',  # 'pooled', 'projected' (CLIP only), 'multiscale' or 'grid'
         image_size: int=None,  # squash photos to image_size x image_size; None = resize and crop as the processor does
         max_cells: int=49,     # a larger grid is averaged down to a square of so many cells
     ):
@@ -148,8 +149,7 @@ class VisionTower:
         return pixels_of(photos, self.processor, self.image_size)
     def __call__(self, pixels: torch.Tensor):   # (B, 3, H, W) -> (B, cells, dim), on the model's device
         return features_of(self.model, pixels, self.features, self.max_cells)
-    def describe(self):
-        return dict(name=self.model.name_or_path or type(self.model).__name__, features=self.features, dim=self.dim, cells=self.cells, image_size=self.image_size)
+    def describe(self): return dict(name=self.model.name_or_path or type(self.model).__name__, features=self.features, dim=self.dim, cells=self.cells, image_size=self.image_size)
     def save_pretrained(self, folder: str|Path):   # as transformers does; features and image_size are asked for again at loading
         with quiet(): self.model.save_pretrained(folder); self.processor.save_pretrained(folder)
     @classmethod

@@ -1,6 +1,6 @@
 """Measure speed and memory: each figure compares two ways in one run, on the same weights and data.
 
-python tests/bench.py [store] [embed] [caption] [photos] [video]      (all of them where none is named)"""
+python tests/bench.py [store] [embed] [caption] [large] [training] [photos] [video]      (all of them where none is named)"""
 import json, os, random, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, torch
@@ -10,7 +10,7 @@ from clipcap.embed import FeatureStore, VisionTower, embed_images
 from clipcap.generate import GenerationOptions, generate_captions
 from clipcap.image import Captioner
 from clipcap.model import CaptionModel, MapperConfig
-from clipcap.train import TrainConfig, train
+from clipcap.train import TokenisedCaptions, TrainConfig, batches_by_length, make_optimizer, train
 from clipcap.video import VideoReader, caption_samples, sample_moments, spread, video_length
 
 def shortest(work, times=3):
@@ -69,6 +69,63 @@ def caption(work):
         compare(f'captioning 64 features with {beams} beam(s), one at a time -> one batch',
             lambda: [generate_captions(model, features[i:i + 1], options) for i in range(64)], lambda: generate_captions(model, features, options))
 
+def large(work, tokens=16, few=8):
+    "The same at GPT-2's size, random weights: one at a time without a cache, in one batch with one, and the bare forward passes of that batch"
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    tokenizer = Captioner('tiny').model.tokenizer
+    model = CaptionModel(GPT2LMHeadModel(GPT2Config()), tokenizer, MapperConfig('mlp', feature_dim=512, prefix_length=10)).eval()
+    features, language = torch.randn(64, 1, 512), model.language
+    how = dict(do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0, eos_token_id=50256)
+    def write(prefix, **more): language.generate(inputs_embeds=prefix, attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long), generation_config=GenerationConfig(**how, **more))
+    @torch.inference_mode()
+    def alone():   # the first few, for it takes long
+        for i in range(few): write(model.mapper(features[i:i + 1]), use_cache=False)
+    @torch.inference_mode()
+    def together(): write(model.mapper(features), use_cache=True)
+    @torch.inference_mode()
+    def bare():
+        seen = language(inputs_embeds=model.mapper(features), use_cache=True, logits_to_keep=1)
+        for _ in range(tokens - 1): seen = language(input_ids=seen.logits[:, -1].argmax(-1, keepdim=True), past_key_values=seen.past_key_values, use_cache=True)
+    one, batch, passes = shortest(alone, 1)*64/few, shortest(together), shortest(bare)
+    print(f'captioning 64 features at GPT-2 size, {tokens} tokens: one at a time without a cache {one:.1f} s ({64//few} times {few} of them) -> one batch with a cache {batch:.2f} s, {one/batch:.1f}x')
+    print(f'  its forward passes alone: {passes:.2f} s, {passes/batch:.2f} of it', flush=True)
+
+def _padded_step(model, features, ids, mask):   # as the earlier systems train: every position of the longest caption, logits of all
+    prefix = model.mapper(features)
+    embeddings = torch.cat([prefix, model.language.get_input_embeddings()(ids)], 1)
+    logits = model.language(inputs_embeds=embeddings, attention_mask=torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1), use_cache=False).logits
+    targets = torch.cat([torch.full(prefix.shape[:2], -100), ids.masked_fill(mask == 0, -100)], 1)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+def _train_some(way, photos=400):   # in a process of its own: captions a second, and the peak of memory in MiB
+    rng, captioner = np.random.default_rng(0), Captioner('tiny')
+    words = captioner.model.tokenizer.convert_tokens_to_string(list(captioner.model.tokenizer.get_vocab())[1000:2000]).split()
+    lengths = rng.normal(10.8, 3.8, 5*photos).round().clip(2, 36).astype(int)   # as in Flickr8k: 10.8 words on average, 3.8 their spread, 36 at most
+    table = pd.DataFrame(dict(image=[f'{i//5}.jpg' for i in range(5*photos)], caption=[' '.join(rng.choice(words, n)) for n in lengths]))
+    class Store(dict):   # what training asks of a store
+        def __getitem__(self, rows): return rng.standard_normal((len(rows), 1, 512), np.float32)
+        def rows(self, names): return np.array([int(name[:-4]) for name in names])
+    captions, model = TokenisedCaptions(table, Store(), captioner.model.tokenizer), captioner.model.train()
+    optimizer, longest = make_optimizer(model, TrainConfig()), captions.lengths.max()
+    batches = [np.arange(i, i + 128) for i in range(0, len(captions) - 127, 128)] if way == 'padded' else batches_by_length(captions.lengths, 128)
+    def go():
+        for which in batches:
+            features, ids, mask = captions.batch(which)
+            if way == 'padded':
+                room = (0, int(longest) - ids.shape[1])
+                loss = _padded_step(model, features, torch.nn.functional.pad(ids, room), torch.nn.functional.pad(mask, room))
+            else: loss = model(features, ids, mask)
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+    before, speed = resident(), sum(map(len, batches))/shortest(go, 2)
+    print(json.dumps([speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 - before]))
+
+def training(work):
+    "Training on captions as long as Flickr8k's: every one padded to the longest, with logits for the whole sequence; and as `train` does it"
+    run = lambda way: json.loads(subprocess.run([sys.executable, __file__, f'_train_some={way}'], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    (slow, much), (fast, little) = run('padded'), run('ours')
+    print(f'training: padded to the longest, logits of everything {slow:.0f} captions/s, +{much:.0f} MiB at the peak -> as `train` does {fast:.0f} captions/s, +{little:.0f} MiB; {fast/slow:.1f}x, {little/much:.2f} of the memory', flush=True)
+
 def photos(work):
     "From file to caption with the bundled model's defaults, a folder of 64 photos"
     paths, captioner = list_images(draw_dataset(work/'some', 64, size=256)/'images'), Captioner('tiny')
@@ -98,6 +155,7 @@ def video(work, seconds=30, fps=25, n=32):
     print(f'  a process of its own for every frame: {each:.1f} s ({n} times one), {each/mine:.1f}x as long')
 
 if __name__ == '__main__':
+    if sys.argv[1:2] and sys.argv[1].startswith('_train_some='): _train_some(sys.argv[1].partition('=')[2]); sys.exit()
     print(f'{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads')
-    for name in sys.argv[1:] or ['store', 'embed', 'caption', 'photos', 'video']:
+    for name in sys.argv[1:] or ['store', 'embed', 'caption', 'large', 'training', 'photos', 'video']:
         with tempfile.TemporaryDirectory() as folder: globals()[name](Path(folder))
