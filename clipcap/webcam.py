@@ -105,7 +105,9 @@ _TALK = """
     const seconds = Math.round((performance.now() - since)/1000);
     if (waiting && seconds >= 5) parts.status.textContent = `no answer for ${seconds} s: is the kernel busy, or gone?`;
   };
-  const show = () => { parts.caption.textContent = model.get('caption'); parts.error.textContent = model.get('error'); };
+  const show = () => {
+    for (const name of ['caption', 'error']) if (parts[name].textContent !== model.get(name)) parts[name].textContent = model.get(name);
+  };
   const slide = () => { parts.pause.value = model.get('pause'); parts.seconds.value = `${model.get('pause')} s`; };
   parts.start.onclick = start; parts.stop.onclick = () => stop(); show(); slide();
   model.on('change:pause', slide); model.on('msg:custom', answered);

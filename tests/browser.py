@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parent.parent
-PATIENCE = 120   # s: how long anything may take on a busy machine; what comes sooner is not waited for
+PATIENCE = int(os.environ.get('CLIPCAP_PATIENCE', 120))   # s: how long anything may take on a busy machine; what comes sooner is not waited for
 
 def chromium(): return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
@@ -78,7 +78,7 @@ def opened(lab, cells, flags=(), script=None, host='localhost', run=True, **cont
     name = re.sub(r'\W+', '-', os.environ.get('PYTEST_CURRENT_TEST', 'notebook').split('::')[-1].split(' ')[0])
     notebook(folder/f'{name}.ipynb', cells)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=['--no-sandbox', *flags])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=['--no-sandbox', *flags], timeout=1000*PATIENCE)
         page = browser.new_context(viewport=dict(width=1100, height=900), **context).new_page()
         page.said = []
         page.on('console', lambda message: message.type == 'error' and page.said.append(message.text))
