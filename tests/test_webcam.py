@@ -76,9 +76,9 @@ def test_traits_are_checked():
     for wrong in dict(pause=-1), dict(width=0): pytest.raises(TraitError, Webcam, str, **wrong)
 
 def test_closing_ends_the_thread():
-    camera, answers = browser(lambda picture: threading.current_thread().name)
+    camera, answers = browser(lambda picture: f'{threading.get_ident()}')
     send(camera, 1); answers.get(timeout=60)
-    [thread] = [t for t in threading.enumerate() if t.name == camera.caption]
+    [thread] = [t for t in threading.enumerate() if f'{t.ident}' == camera.caption]
     camera.close(); thread.join(60)
     assert not thread.is_alive()
 
@@ -105,10 +105,11 @@ def test_a_file_is_played_at_its_own_speed_and_frames_are_dropped(tmp_path):
     assert time.monotonic() - began >= 49/25
     assert seen == sorted(set(seen)) and seen[-1] == 49 and len(seen) < 25, seen
 
+@pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='looks into /proc')
 def test_the_file_is_released(tmp_path):
-    path = film(tmp_path/'film.mp4', frames=50)
+    path = film(tmp_path.resolve()/'film.mp4')
     held = lambda: [fd for fd in Path('/proc/self/fd').iterdir() if os.path.realpath(fd) == str(path)]
-    with open_camera(path) as pictures: next(pictures); assert held() or not Path('/proc').is_dir()
+    with open_camera(path) as pictures: next(pictures); assert held()
     assert not held()
     with pytest.raises(KeyError), open_camera(path) as pictures: raise KeyError
     assert not held()
