@@ -1,6 +1,6 @@
 """Measure speed and memory: each figure compares two ways in one run, on the same weights and data.
 
-python tests/bench.py [store] [embed] [caption] [large] [training] [photos] [video]      (all of them where none is named)"""
+python tests/bench.py [store] [embed] [caption] [large] [training] [photos] [video] [webcam]      (all of them where none is named)"""
 import json, os, random, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, torch
@@ -154,8 +154,21 @@ def video(work, seconds=30, fps=25, n=32):
     each = n*(time.perf_counter() - began)
     print(f'  a process of its own for every frame: {each:.1f} s ({n} times one), {each/mine:.1f}x as long')
 
+def webcam(work):
+    "A camera in the browser and the bundled model: JupyterLab, headless Chromium, a film in place of the camera"
+    from browser import jupyterlab, opened
+    from test_browser import camera_flags, write_camera
+    one, two = (draw_scene(random.Random(seed), 320)[0].crop((0, 40, 320, 280)) for seed in (3, 5))
+    flags = camera_flags(write_camera(work/'camera.y4m', [one]*60 + [two]*60))
+    cells = ['from clipcap.image import Captioner\nfrom clipcap.webcam import Webcam', 'Webcam(Captioner())']
+    with jupyterlab(work) as url, opened((url, work), cells, flags, permissions=['camera']) as page:
+        page.wait_for_selector('.clipcap-start').click()
+        page.wait_for_function("() => document.querySelector('.clipcap-status').textContent.includes('captions a second')")
+        page.wait_for_timeout(8000)   # the figure is that of the last 5 s
+        print(f"webcam in the browser: {page.locator('.clipcap-status').inner_text()}; load {os.getloadavg()[0]:.1f}")
+
 if __name__ == '__main__':
     if sys.argv[1:2] and sys.argv[1].startswith('_train_some='): _train_some(sys.argv[1].partition('=')[2]); sys.exit()
     print(f'{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads')
-    for name in sys.argv[1:] or ['store', 'embed', 'caption', 'large', 'training', 'photos', 'video']:
+    for name in sys.argv[1:] or ['store', 'embed', 'caption', 'large', 'training', 'photos', 'video', 'webcam']:
         with tempfile.TemporaryDirectory() as folder: globals()[name](Path(folder))
