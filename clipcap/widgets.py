@@ -207,7 +207,7 @@ def measure_drawn(
     return {name: scores[name] for name in ('BLEU-1', 'CIDEr')} | row
 
 # %% ../nbs/08_widgets.ipynb #wc-w34
-TEMPERATURES = 0., .25, .5, .75, 1., 1.25, 1.5, 2.
+TEMPERATURES = 0., .4, .7, 1., 1.5, 2.
 
 def sweep_steps(captioner, images, references=None, temperatures=TEMPERATURES, **how):   # as for `sweep_temperature`
     "The table of a sweep as it grows: yields it after each temperature"

@@ -1,7 +1,8 @@
 "Marks, and what several tests share"
-import os, shutil, subprocess
+import os, subprocess
 from pathlib import Path
 import pytest
+from browser import lab, lacking   # `lab` is a fixture
 
 root = Path(__file__).resolve().parent.parent
 os.environ['HF_HUB_OFFLINE'] = '1'     # nothing here may need the network, nor find it by accident
@@ -9,11 +10,11 @@ os.environ.pop('CLIPCAP_DATA', None)
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; run by `make test-slow` (pytest -m slow)')
-    config.addinivalue_line('markers', 'browser: drives headless Chromium; skipped where there is none')
+    config.addinivalue_line('markers', 'browser: drives JupyterLab in headless Chromium; skipped where there is none')
     if not config.option.markexpr: config.option.markexpr = 'not slow'
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker('browser') and not shutil.which('chromium'): pytest.skip('needs chromium')
+    if item.get_closest_marker('browser') and (lack := lacking()): pytest.skip(lack)
 
 @pytest.fixture(scope='session')
 def repo_files():
