@@ -112,9 +112,8 @@ class Captioner:
         "Caption many photos (whatever `open_image` takes): yields (source, its candidates, best first, or the ClipcapError), in order"
         for batch in read_ahead(list(sources), lambda source: self.tower.preprocess([open_image(source)])[0], self.batch_size):
             pixels = [made for _, made in batch if not isinstance(made, ClipcapError)]
-            found, self.batch_size = in_batches(lambda some: caption_features(self.model, self.tower(torch.stack(some)), options), pixels, self.batch_size)
-            found = iter(found)
-            for source, made in batch: yield source, made if isinstance(made, ClipcapError) else next(found)
+            done, self.batch_size = in_batches(lambda some: caption_features(self.model, self.tower(torch.stack(some)), options), pixels, self.batch_size)
+            for source, made in batch: yield source, made if isinstance(made, ClipcapError) else done.pop(0)
 
     def candidates(self, images, options: GenerationOptions=GenerationOptions()) -> list[list[Candidate]]:
         "All captions of one photo or a list of them, best first; raises the ClipcapError of the first bad photo"

@@ -112,17 +112,17 @@ class PhotoChoice(w.VBox):
     def __init__(self,
         photos,    # to pick from: as for `name_photos`
         changed):  # called with a name and a photo: what `name_photos` gave, or bytes
-        self.changed = changed
+        self.changed, self.photos = changed, name_photos(photos)
         self.upload = w.FileUpload(accept='image/*', description='Upload a photo', layout=dict(width='auto'))
-        self.pick = w.Dropdown(options=[('or pick one', None), *name_photos(photos)])
-        super().__init__([self.upload, self.pick] if len(self.pick.options) > 1 else [self.upload])
+        self.pick = w.Dropdown(options=[('or pick one', None), *((name, n) for n, (name, _) in enumerate(self.photos))])
+        super().__init__([self.upload, self.pick] if self.photos else [self.upload])
         self.upload.observe(self.uploaded, 'value'); self.pick.observe(self.picked, 'value')
     def uploaded(self, _):
         if not self.upload.value: return
         self.pick.index = 0
         self.changed(self.upload.value[0]['name'], bytes(self.upload.value[0]['content']))
     def picked(self, _):
-        if self.pick.index: self.changed(self.pick.label, self.pick.value)
+        if self.pick.value is not None: self.changed(*self.photos[self.pick.value])
 
 # %% ../nbs/08_widgets.ipynb #wc-w21
 def _slider(name, value, low, high, step=1):
@@ -165,6 +165,7 @@ class Asking(w.VBox):
     def fail(self, line): self.status.value = f'<span style="color:#c0392b">{html.escape(line)}</span>'
     def close(self): self.worker.pool.shutdown(wait=False, cancel_futures=True); super().close()
 
+# %% ../nbs/08_widgets.ipynb #wc-w24b
 class CaptionWidget(Asking):
     "Upload or pick a photo, choose how to decode, read the captions"
     def __init__(self,
@@ -175,6 +176,7 @@ class CaptionWidget(Asking):
         self.picture, self.text = w.Image(format='jpeg', layout=dict(max_width='360px', object_fit='contain', align_self='flex-start')), w.HTML()
         super().__init__([w.HBox([w.VBox([self.choice, self.sliders], layout=dict(min_width='330px')), w.VBox([self.picture, self.text])])])
     def take(self, name, photo): self.photo = name, photo; self.ask(name, photo, self.sliders.options())
+    def fail(self, line): super().fail(line); self.text.value = ''
     def work(self, name, photo, options):
         if self.opened[0] is not photo: self.opened = photo, open_upload(name, photo) if isinstance(photo, bytes) else open_image(photo)
         yield dict(picture=preview(self.opened[1]), text='')
