@@ -57,14 +57,22 @@ def write_captions(
         if format == 'json': print('\n]' if mark == ',\n' else '[]')
 
 # %% ../nbs/16_cli_caption.ipynb #14-014
-def _captions(captioner, photos, options, faults, render):
+def _check_elsewhere(photos, folders):   # option: folder or None; no picture may take the place of a photo
+    homes = {Path(photo).resolve().parent for photo in photos if '://' not in photo}
+    for option, folder in folders.items():
+        if folder and folder.resolve() in homes: raise typer.BadParameter('the photos themselves lie there; give another folder', param_hint=option)
+
+def _captions(captioner, photos, options, faults, render, explain):
     "The captions of the photos that can be read; complaints of the others go to `faults`"
     from tqdm import tqdm
     from clipcap.image import as_sentence, draw_caption, save_image
+    from clipcap.explain import draw_explanation, explain_caption
     taken, hidden = set(), len(photos) < 2 or sys.stdout.isatty() or not sys.stderr.isatty()
     for photo, found in tqdm(captioner.stream(photos, options), total=len(photos), unit=' photos', disable=hidden):
         if not isinstance(found, list): faults.append(found); complain(found); continue
-        if render: save_image(draw_caption(photo, as_sentence(found[0].text)), render/file_name(photo, taken))
+        name = file_name(photo, taken)
+        if render: save_image(draw_caption(photo, as_sentence(found[0].text)), render/name)
+        if explain: save_image(draw_explanation(photo, explain_caption(captioner, photo, found[0].text)), explain/f'{name[:-4]}.png')
         yield photo, found
 
 # %% ../nbs/16_cli_caption.ipynb #14-015
@@ -82,15 +90,15 @@ def caption(
     published: Annotated[bool|None, typer.Option('--published/--own', help='How a checkpoint of another project decodes: as its authors did, or as ours do. As its authors did, where that is enough.', show_default=False)]=None,
     format: Annotated[Literal['txt', 'json', 'csv'], typer.Option(help='txt: photo, tab, caption.')]='txt',
     render: Annotated[Path|None, typer.Option(metavar='DIR', help='Also draw each caption under its photo, into this folder.', show_default=False)]=None,
+    explain: Annotated[Path|None, typer.Option(metavar='DIR', help='Also draw what each word looked at, as PNG, into this folder.', show_default=False)]=None,
     device: Device=None, batch_size: BatchSize=16):
     "Caption photos."
     photos, faults = find_photos(photos)
-    if render and render.resolve() in {Path(photo).resolve().parent for photo in photos if '://' not in photo}:
-        raise typer.BadParameter('the photos themselves lie there; give another folder', param_hint='--render')
+    _check_elsewhere(photos, {'--render': render, '--explain': explain})
     from clipcap.pretrained import GenerationOptions, open_captioner
     options = GenerationOptions(beams, temperature, top_p, top_k, candidates, max_length, seed, published)
     everything = len(photos) + len(faults)
-    write_captions(_captions(open_captioner(model, device, batch_size), photos, options, faults, render) if photos else (), format)
+    write_captions(_captions(open_captioner(model, device, batch_size), photos, options, faults, render, explain) if photos else (), format)
     if faults and everything > 1: complain(f'{len(faults)} of {everything} could not be captioned')
     if faults: raise typer.Exit(1)
 

@@ -31,8 +31,8 @@ class GenerationOptions:
                 ('temperature', 0 <= self.temperature < math.inf, '0 or more'), ('top_k', self.top_k >= 0, '0 or more'),
                 ('candidates', self.candidates >= 1, 'at least 1'), ('max_length', self.max_length >= 1, 'at least 1')]:
             if not fine: raise ClipcapError(f'{name} must be {wanted}, not {getattr(self, name)}')
-        if not self.sampling and self.candidates > self.width:
-            raise ClipcapError(f'{self.candidates} candidates need at least as many beams (now {self.width}), or a temperature above 0')
+        if self.candidates > self.width and (self.width > 1 or not self.sampling):
+            raise ClipcapError(f'{self.candidates} candidates need at least as many beams (now {self.width}), or a temperature above 0 with 1 beam')
 
     @property
     def sampling(self): return self.temperature > 0
