@@ -58,7 +58,7 @@ def embed(
 SETTINGS = dict(   # type, default as shown, help
     model=(str, 'tiny', 'The caption model to go on from; it lends the parts that are not named.'), tower=(str, '', 'Another vision tower: folder, or name on the Hub.'),
     features=(Literal['grid', 'pooled', 'projected'], '', 'What to keep of what the tower sees; projected: CLIP only.'), image_size=(int, '', 'Squash photos to this many pixels a side.'),
-    language=(str, '', 'Another language model: folder or name of a causal LM of transformers.'), freeze_language=(bool, '', 'Train the mapper alone.'),
+    language=(str, '', 'Another language model: folder or name of a causal LM of transformers; new-lstm, new-image-lstm, new-gpt: made from your captions.'), freeze_language=(bool, '', 'Train the mapper alone.'),
     lora=(int, '0', 'Rank of thin matrices that learn instead of the language model (needs peft); 0 = none.'), mapper=(Literal['linear', 'mlp', 'transformer'], '', 'A new mapper; mlp where tower or language model are new.'),
     prefix_length=(int, '', 'Prefix length of a new mapper, for pooled features or a transformer.'), mapper_layers=(int, '8', 'Layers of a transformer mapper.'), mapper_heads=(int, '8', 'Heads of a transformer mapper.'),
     dropout=(float, '', 'Share of the feature that is dropped in training.'), epochs=(int, '10', 'Passes over all captions.'), batch_size=(int, '128', 'Captions at once.'),
@@ -79,7 +79,7 @@ def with_settings(command):   # whose last argument is **settings
 # %% ../nbs/17_cli_train.ipynb #15-029
 Run = Annotated[Path, typer.Option(metavar='DIR', help='Gets the model, as best/. Started again with the same settings the run goes on.', show_default=False)]
 Store = Annotated[Path|None, typer.Option(metavar='DIR', help='The features, made where they are missing; MODEL-OUT/features where none is given.', show_default=False)]
-Preset = Annotated[str|None, typer.Option(help='Settings by name: small, large, clipcap-mlp, clipcap-transformer.', show_default=False)]
+Preset = Annotated[str|None, typer.Option(help='Settings by name: small, large, clipcap-mlp, clipcap-transformer, show-and-tell, image-lstm.', show_default=False)]
 Config = Annotated[Path|None, typer.Option(metavar='FILE', help='Settings from a YAML or JSON file; options given here win.', show_default=False)]
 Tracker = Annotated[Literal['tensorboard', 'wandb']|None, typer.Option(help='Send losses and scores there, too.', show_default=False)]
 

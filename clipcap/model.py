@@ -10,6 +10,7 @@ __all__ = ['MapperConfig', 'MLPMapper', 'TransformerMapper', 'Mapper', 'token_lo
 # %% ../nbs/02_model.ipynb #02-002
 import copy, json, os, shutil, tempfile, warnings
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 import torch
 from torch import nn
@@ -199,6 +200,10 @@ def read_model_config(
     if config.get('model_type') != 'clipcap': raise ClipcapError(f"{folder}: holds no clipcap model but a '{config.get('model_type')}'")
     return config
 
+def _open_room(folder):   # a language model of this package is called clipcap_ROOM: importing that module makes transformers know it
+    kind = json.loads((folder/'config.json').read_text())['model_type']
+    if kind.startswith('clipcap_'): import_module('.' + kind.removeprefix('clipcap_'), 'clipcap')
+
 def from_pretrained(
     cls,               # `CaptionModel`
     folder: str|Path,  # written by `save_pretrained`
@@ -207,6 +212,7 @@ def from_pretrained(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     config, folder = read_model_config(folder), Path(folder)
     try:
+        _open_room(folder/'language')
         with quiet(): language = AutoModelForCausalLM.from_pretrained(folder/'language', dtype=torch.float32)
         model = cls(language, AutoTokenizer.from_pretrained(folder/'language'), MapperConfig(**config['mapper']), config['freeze_language'])
         model.mapper.load_state_dict(load_file(folder/'model.safetensors'))
