@@ -61,16 +61,16 @@ def make_vocabulary(
 @dataclass(frozen=True)
 class AlignConfig:
     "How words and regions are brought together"
-    space: int = 384           # dimensions of the common space
-    word_size: int = 300       # dimensions of a word before it is read
-    hidden: int = 256          # of each LSTM
+    space: int = 256           # dimensions of the common space
+    word_size: int = 128       # dimensions of a word before it is read
+    hidden: int = 128          # of each LSTM
     at_least: int = 3          # rarer words are '?'
     max_words: int = 40        # longer captions are cut
     dropout: float = 0.2       # of features, of words before and after reading
     epochs: int = 10           # passes over all captions
     sum_epochs: int = 2        # of these the first ones count all rivals, the later ones the hardest
     batch_size: int = 128      # photos at once, each with one caption
-    rate: float = 7e-4         # peak learning rate
+    rate: float = 1e-3         # peak learning rate
     warmup: float = 0.05       # share of the steps in which it climbs
     margin: float = 1.0        # by so much the right one shall be better
     clip: float = 2.0          # longest gradient allowed
@@ -129,7 +129,7 @@ class Aligner(nn.Module):
 
     def see(self, features):   # (B, regions, feature_dim) -> (B, whole + regions, space), the whole photo first (1)
         drop = F.dropout(features.new_ones(len(features), 1, features.shape[2]), self.config.dropout, self.training)   # the same numbers of all regions
-        seen = self.region((features - self.mean)/self.std*drop)
+        seen = self.region((features - self.mean)*(drop/self.std))
         return torch.cat([seen.mean(1, keepdim=True), seen], 1) if self.whole else seen
 
     def forward(self, features, ids, lengths):   # -> (photos, captions)
