@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../nbs/20_cli.ipynb #16-002
 import sys
-from . import cli_caption, cli_evaluate, cli_models, cli_train, cli_webcam   # their commands join `app`
+from . import cli_alignment, cli_caption, cli_evaluate, cli_models, cli_train, cli_webcam   # their commands join `app`
 from .cli_base import app
 
 # %% ../nbs/20_cli.ipynb #16-006
