@@ -62,6 +62,7 @@ _STYLE = """
 
 # %% ../nbs/08_webcam.ipynb #wc-011
 _RUN = """
+export default {render};
 function render({model, el}) {
   const parts = build(model, el), {video} = parts;
   let run = null;   // from Start to Stop: stream, the frame that waits for its answer, times of answers, timers
@@ -105,15 +106,12 @@ _TALK = """
     const seconds = Math.round((performance.now() - since)/1000);
     if (waiting && seconds >= 5) parts.status.textContent = `no answer for ${seconds} s: is the kernel busy, or gone?`;
   };
-  const show = () => {
-    for (const name of ['caption', 'error']) if (parts[name].textContent !== model.get(name)) parts[name].textContent = model.get(name);
-  };
+  const show = () => ['caption', 'error'].filter(name => parts[name].textContent !== model.get(name)).forEach(name => { parts[name].textContent = model.get(name); });
   const slide = () => { parts.pause.value = model.get('pause'); parts.seconds.value = `${model.get('pause')} s`; };
   parts.start.onclick = start; parts.stop.onclick = () => stop(); show(); slide();
   model.on('change:pause', slide); model.on('msg:custom', answered);
   return () => { model.off('change:pause', slide); model.off('msg:custom', answered); stop(); };   // the camera's light goes out
 }
-export default {render};
 """
 
 # %% ../nbs/08_webcam.ipynb #wc-014
@@ -134,8 +132,8 @@ class Webcam(anywidget.AnyWidget):
     pause = traitlets.Float(0., min=0).tag(sync=True)   # seconds between an answer and the next frame
     width = traitlets.Int(320, min=1).tag(sync=True)    # of the pictures that are sent
     def __init__(self, captioner, options=None, **traits):   # as for `as_callable`; pause, width
-        super().__init__(**traits)
         self._say, self._thread = as_callable(captioner, options), ThreadPoolExecutor(1, 'webcam')
+        super().__init__(**traits)
         self.on_msg(self.receive)
 
     def receive(self, widget, content, buffers):   # content: kind and id; buffers: [JPEG]
@@ -148,6 +146,11 @@ class Webcam(anywidget.AnyWidget):
             words = (str(fault).strip().splitlines() or [''])[0]
             self.error = words if isinstance(fault, ClipcapError) else f'{type(fault).__name__}: {words}'
         self.send(dict(kind='answer', id=id))
+
+    def close(self):
+        "Let the thread end, too"
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        super().close()
 
 # %% ../nbs/08_webcam.ipynb #wc-023
 class Newest:
