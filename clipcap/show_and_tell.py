@@ -146,8 +146,8 @@ class LSTMConfig(PreTrainedConfig):
 
     def __init__(self,
         vocab_size: int=1000,            # tokens
-        hidden_size: int=512,            # of h, of c, and of the embeddings
-        dropout: float=0.4,              # before and after the LSTM, in training
+        hidden_size: int=384,            # of h, of c, and of the embeddings
+        dropout: float=0.3,              # before and after the LSTM, in training
         image_every_step: bool=False,    # True: the first embedding is the photo, and every step sees it
         initializer_range: float=0.08,   # spread of the embeddings at the beginning
         tie_word_embeddings: bool=True,  # the same matrix in and out
