@@ -200,6 +200,7 @@ def read_model_config(
     if config.get('model_type') != 'clipcap': raise ClipcapError(f"{folder}: holds no clipcap model but a '{config.get('model_type')}'")
     return config
 
+# %% ../nbs/02_model.ipynb #02-038-b
 def _open_room(folder):   # a language model of this package is called clipcap_ROOM: importing that module makes transformers know it
     kind = json.loads((folder/'config.json').read_text())['model_type']
     if kind.startswith('clipcap_'): import_module('.' + kind.removeprefix('clipcap_'), 'clipcap')
