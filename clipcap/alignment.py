@@ -27,7 +27,7 @@ def pair_scores(
 ) -> torch.Tensor:          # (photos, captions), float32
     "How well each caption fits each photo: of each word the best region, summed over the words (8)"
     agreement = regions.flatten(0, 1) @ words[mask].to(regions.dtype).T                     # every region with every word
-    best = agreement.unflatten(0, regions.shape[:2]).amax(1).float()                        # (photos, all words)
+    best = agreement.unflatten(0, regions.shape[:2]).max(1).values.float()                        # (photos, all words)
     return best.new_zeros(len(regions), len(words)).index_add(1, mask.nonzero()[:, 0], best)
 
 # %% ../nbs/13_alignment.ipynb #al-009

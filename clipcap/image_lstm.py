@@ -47,7 +47,7 @@ def temperature_study(
             different=np.mean([len({*some}) for some in said[t]])/samples, vocabulary=variety['vocabulary'], length=variety['length'])
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('temperature'), said
 
-# %% ../nbs/11_image_lstm.ipynb #il-014b
+# %% ../nbs/10_image_lstm.ipynb #il-014b
 def draw_study(
     table: pd.DataFrame,  # from `temperature_study`
 ):                        # a matplotlib Figure
