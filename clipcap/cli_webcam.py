@@ -86,8 +86,7 @@ def webcam(
     from clipcap.image import as_sentence
     from clipcap.pretrained import open_captioner
     from clipcap.webcam import as_callable, open_camera
-    caption = as_callable(open_captioner(model, device, 1), GenerationOptions(beams, temperature, seed=seed))
-    say = lambda picture: as_sentence(' '.join(caption(picture).split()))
+    caption = as_callable(open_captioner(model, device, 1), GenerationOptions(beams, temperature, seed=seed)); say = lambda picture: as_sentence(' '.join(caption(picture).split()))
     with open_camera(source) as pictures:
         if mirror: pictures = map(ImageOps.mirror, pictures)
         if not window: return print_captions(pictures, say, pause, frames)

@@ -127,7 +127,7 @@ class PhotoChoice(w.VBox):
 # %% ../nbs/15_widgets.ipynb #wc-w21
 def _slider(name, value, low, high, step=1):
     kind, more = (w.FloatSlider, dict(readout_format=f'.{len(str(step)) - 2}f')) if isinstance(step, float) else (w.IntSlider, {})
-    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=False, **more)
+    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=dict(description_width='6em'), **more)
 
 class DecodingSliders(w.VBox):
     "How to decode"
@@ -152,6 +152,11 @@ class DecodingSliders(w.VBox):
         return GenerationOptions(1, self.temperature.value, self.top_p.value, candidates=self.candidates.value, seed=self.seed)
 
 # %% ../nbs/15_widgets.ipynb #wc-w24
+def _picture(kind, width):   # hidden until there is something to see
+    picture = w.Image(format=kind, layout=dict(max_width=width, object_fit='contain', align_self='flex-start', display='none'))
+    picture.observe(lambda _: setattr(picture.layout, 'display', None), 'value')
+    return picture
+
 class Asking(w.VBox):
     "A widget with a worker: its `work` yields {part: value}"
     def __init__(self, children):
@@ -173,7 +178,7 @@ class CaptionWidget(Asking):
         photos=()):   # to pick from: as for `name_photos`
         self.captioner, self.photo, self.opened = captioner, None, (None, None)
         self.choice, self.sliders = PhotoChoice(photos, self.take), DecodingSliders(lambda: self.photo and self.ask(*self.photo, self.sliders.options()))
-        self.picture, self.text = w.Image(format='jpeg', layout=dict(max_width='360px', object_fit='contain', align_self='flex-start')), w.HTML()
+        self.picture, self.text = _picture('jpeg', '360px'), w.HTML()
         super().__init__([w.HBox([w.VBox([self.choice, self.sliders], layout=dict(min_width='330px')), w.VBox([self.picture, self.text])])])
     def take(self, name, photo): self.photo = name, photo; self.ask(name, photo, self.sliders.options())
     def fail(self, line): super().fail(line); self.text.value = ''
@@ -268,7 +273,7 @@ class SweepWidget(Asking):
         self.captioner, self.photos, self.references, self.temperatures, self.table = captioner, name_photos(photos), references, temperatures, None
         self.draws, self.top_p, self.button = _slider('captions', 5, 2, 10), _slider('top-p', 1., .05, 1., .05), w.Button(description='Sweep', icon='play')
         self.pick = w.Dropdown(options=[(name, n) for n, (name, _) in enumerate(self.photos)], description='read')
-        self.plot, self.text = w.Image(format='png', layout=dict(max_width='450px', object_fit='contain', align_self='flex-start')), w.HTML()
+        self.plot, self.text = _picture('png', '450px'), w.HTML()
         super().__init__([w.HBox([self.draws, self.top_p, self.button]), self.pick, w.HBox([self.plot, self.text])])
         self.button.on_click(lambda _: self.ask(dict(draws=self.draws.value, top_p=self.top_p.value)))
         self.pick.observe(lambda _: self.read(), 'value')

@@ -18,6 +18,8 @@ def keep(outputs):
     live = [o for o in outputs if o.get('metadata', {}).get('live')]   # drawings that replace one another
     outputs = [o for o in outputs if not any(o is old for old in live[:-1])]
     for o in outputs:
+        twice = {k: len(v) for k, v in o.get('data', {}).items() if k in ('image/png', 'image/jpeg')}   # Pillow gives both
+        if len(twice) > 1: del o['data'][max(twice, key=twice.get)]
         texts = [(o, 'text')] if 'text' in o else [(o['data'], k) for k in o['data'] if k.startswith('text/')]
         for where, key in texts:
             v = where[key]

@@ -25,8 +25,10 @@ def test_upload_slide_read(lab, tmp_path):
     url, folder = lab
     with opened(lab, cells) as page:
         def reads(text): page.wait_for_function('text => document.querySelector(".jp-OutputArea").innerText.includes(text)', arg=text)
-        chooser = page.locator('input[type=file]')
-        chooser.set_input_files(tmp_path/'scene.jpg', timeout=60_000)
+        def upload(photo):
+            with page.expect_file_chooser() as chooser: page.get_by_role('button', name=re.compile('Upload a photo')).click()
+            chooser.value.set_files(photo)
+        upload(tmp_path/'scene.jpg')
         reads('A <photo> of 320 x 320 at 0.0.')
         assert page.locator('.jp-OutputArea img').first.evaluate('image => image.naturalWidth') == 320
         handle = page.locator('.noUi-handle').first      # the temperature's
@@ -36,10 +38,10 @@ def test_upload_slide_read(lab, tmp_path):
         table = page.locator('.jp-OutputArea table')
         assert table.locator('tr').count() == 5 and '61%' in table.inner_text()
         page.screenshot(path=folder/'caption-widget.png')
-        chooser.set_input_files(tmp_path/'words.jpg')
+        upload(tmp_path/'words.jpg')
         reads('words.jpg: not a photo, or damaged')
         page.get_by_role('button', name=re.compile('Surprise me')).click()
         page.wait_for_timeout(500)
-        chooser.set_input_files(tmp_path/'scene.jpg')
+        upload(tmp_path/'scene.jpg')
         page.wait_for_function('() => /320 at (0\\.[789]|1\\.\\d)/.test(document.querySelector(".jp-OutputArea").innerText)')
         assert not [said for said in page.said if 'widget' in said.lower()], page.said

@@ -198,7 +198,7 @@ def test_command_line_takes_it_like_any_other(trained, tmp_path):
     out, complaints = clipcap('caption', *pictures, '--model', trained/'run', '--format', 'csv', '--device', 'cpu')
     assert len(out.splitlines()) == 4 and not complaints
     assert out == clipcap('caption', *pictures, '--model', trained/'run'/'best', '--format', 'csv', '--device', 'cpu')[0]
-    clipcap('evaluate', '--data', trained/'scenes', '--split', 'val', '--model', trained/'run', '--no-meteor', '--draws', 10, '--json', tmp_path/'s.json', '--output', tmp_path/'e', '--device', 'cpu')
+    clipcap('evaluate', '--data', trained/'scenes', '--split', 'val', '--model', trained/'run', '--no-meteor', '--bootstrap', 10, '--json', tmp_path/'s.json', '--output', tmp_path/'e', '--device', 'cpu')
     assert 0 <= json.loads((tmp_path/'s.json').read_text())['BLEU-1'] <= 1
 
 def test_a_video(trained, tmp_path):

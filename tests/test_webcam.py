@@ -24,13 +24,13 @@ def browser(captioner, **traits):
 def send(camera, id, picture=Image.new('RGB', (64, 48))): camera.receive(camera, dict(kind='frame', id=id), [memoryview(jpeg(picture))])
 
 def film(path, frames=50, fps=25):
-    "Frames of growing brightness: 5 times their number"
+    "Frames of growing brightness: 20, and 4 times their number"
     video = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), fps, (96, 64))
-    for number in range(frames): video.write(np.full((64, 96, 3), 5*number, np.uint8))
+    for number in range(frames): video.write(np.full((64, 96, 3), 20 + 4*number, np.uint8))
     video.release()
     return path
 
-def number_of(picture): return round(np.asarray(picture).mean()/5)
+def number_of(picture): return round((np.asarray(picture).mean() - 20)/4)
 
 # ---- the widget
 def test_each_frame_is_answered_once_and_the_main_thread_is_free():
