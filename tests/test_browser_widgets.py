@@ -13,7 +13,7 @@ from clipcap.widgets import CaptionWidget
 class Echo:   # no model: says what it was asked, and is slow as one
     def candidates(self, images, options):
         time.sleep(.3)
-        return [[Candidate(f'a <photo> of {im.width} x {im.height} at {options.temperature:.1f}', -.5 - n) for n in range(options.candidates)] for im in images]
+        return [[Candidate(f'a <photo> of {im.width} x {im.height} at {options.temperature:.1f}' + ' once more'*n, -.5 - n) for n in range(options.candidates)] for im in images]
 widget = CaptionWidget(Echo())
 widget
 """]
