@@ -127,7 +127,7 @@ class PhotoChoice(w.VBox):
 # %% ../nbs/15_widgets.ipynb #wc-w21
 def _slider(name, value, low, high, step=1):
     kind, more = (w.FloatSlider, dict(readout_format=f'.{len(str(step)) - 2}f')) if isinstance(step, float) else (w.IntSlider, {})
-    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=dict(description_width='6em'), **more)
+    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=dict(description_width='7em'), **more)
 
 class DecodingSliders(w.VBox):
     "How to decode"
