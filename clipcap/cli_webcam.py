@@ -72,7 +72,7 @@ def webcam(
     window: Annotated[bool, typer.Option(help='Show the picture with its caption in a window (q ends), or print captions, a line for each that is new.')]=True,
     model: Model='tiny',
     temperature: Annotated[float, typer.Option(help='0: the likeliest caption; above: throws dice, the higher the more daring.')]=0.0,
-    beams: Annotated[int|None, typer.Option(help='Beginnings kept alive; 1: greedy. 5, or 1 with a temperature.', show_default=False)]=None,
+    beams: Annotated[int, typer.Option(min=1, help='Beginnings kept alive; 1: greedy, the fastest.')]=1,
     seed: Annotated[int|None, typer.Option(help='The same seed, the same dice.', show_default=False)]=None,
     pause: Annotated[float, typer.Option(min=0, metavar='SECONDS', help='Between captions.')]=0.0,
     mirror: Annotated[bool, typer.Option('--mirror', help='Left is right, as in a mirror.')]=False,

@@ -160,7 +160,7 @@ def webcam(work):
     from test_browser import camera_flags, write_camera
     one, two = (draw_scene(random.Random(seed), 320)[0].crop((0, 40, 320, 280)) for seed in (3, 5))
     flags = camera_flags(write_camera(work/'camera.y4m', [one]*60 + [two]*60))
-    cells = ['from clipcap.image import Captioner\nfrom clipcap.webcam import Webcam', 'Webcam(Captioner())']
+    cells = ['from clipcap.generate import GenerationOptions\nfrom clipcap.image import Captioner\nfrom clipcap.webcam import Webcam', 'Webcam(Captioner(), GenerationOptions(beams=1))']
     with jupyterlab(work) as url, opened((url, work), cells, flags, permissions=['camera']) as page:
         page.wait_for_selector('.clipcap-start').click()
         page.wait_for_function("() => document.querySelector('.clipcap-status').textContent.includes('captions a second')")

@@ -119,7 +119,7 @@ def test_bundled_model(lab, tmp_path):
     people = Image.open(Path(matplotlib.get_data_path(), 'sample_data', 'grace_hopper.jpg')).convert('RGB').resize((320, 240))
     scene = draw_scene(random.Random(3), 320)[0].crop((0, 40, 320, 280))
     film = write_camera(tmp_path/'camera.y4m', [people]*90 + [scene]*90)
-    cells = ['from clipcap.image import Captioner\nfrom clipcap.webcam import Webcam', 'Webcam(Captioner())']
+    cells = ['from clipcap.generate import GenerationOptions\nfrom clipcap.image import Captioner\nfrom clipcap.webcam import Webcam', 'Webcam(Captioner(), GenerationOptions(beams=1))']
     with opened(lab, cells, camera_flags(film), permissions=['camera']) as page:
         page.wait_for_selector('.clipcap-start').click()
         captions, end, shown = set(), time.monotonic() + PATIENCE, page.locator('.clipcap-caption')
