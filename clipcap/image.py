@@ -135,9 +135,9 @@ def as_sentence(
     return caption[:1].upper() + caption[1:] + ('' if caption[-1:] in '.!?…' else '.')
 
 @lru_cache
-def _font(size):
+def _font(size, bold=False):
     import matplotlib
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'), size)
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
 
 def _wrap(text, font, width):
     "The fewest lines that are all narrow enough"

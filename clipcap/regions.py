@@ -7,15 +7,14 @@ __all__ = ['seen_part', 'cell_boxes', 'crop_boxes', 'draw_regions', 'Detector', 
            'top_boxes', 'RegionTower', 'region_boxes', 'open_regions', 'reopen_regions']
 
 # %% ../nbs/12_regions.ipynb #rg-003
-import hashlib, math, os
-from functools import lru_cache
+import hashlib, math
 from pathlib import Path
 import numpy as np, torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from .data import ClipcapError, open_image
 from .embed import VisionTower, quiet
-from .image import load_tower
+from .image import _font, load_tower
 
 # %% ../nbs/12_regions.ipynb #rg-006
 def seen_part(
@@ -57,11 +56,6 @@ def crop_boxes(
     return [photo.crop((left, top, right, bottom)) for (left, right), (top, bottom) in spans]
 
 # %% ../nbs/12_regions.ipynb #rg-010b
-@lru_cache
-def _font(size):
-    import matplotlib
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans-Bold.ttf'), size)
-
 def draw_regions(
     photo,              # whatever `open_image` takes
     boxes: np.ndarray,  # (boxes, 4)
@@ -70,7 +64,7 @@ def draw_regions(
 ) -> Image.Image:
     "Boxes with their labels, drawn on the photo"
     photo = open_image(photo); photo = photo.resize((width, max(1, round(photo.height*width/photo.width))), Image.Resampling.LANCZOS)
-    draw, font, used, palette = ImageDraw.Draw(photo), _font(max(10, width//32)), [], ['#e6194b', '#1f77ff', '#12922f', '#b8860b', '#911eb4', '#008b8b', '#d2520f', '#000075']
+    draw, font, used, palette = ImageDraw.Draw(photo), _font(max(10, width//32), bold=True), [], ['#e6194b', '#1f77ff', '#12922f', '#b8860b', '#911eb4', '#008b8b', '#d2520f', '#000075']
     for n, ((x0, y0, x1, y1), label) in enumerate(zip(np.clip(boxes, 0, 1)*np.tile([photo.width - 1, photo.height - 1], 2), labels, strict=True)):
         draw.rectangle((x0, y0, x1, y1), outline=palette[n % 8], width=max(2, width//130))
         _, _, w, h = draw.textbbox((0, 0), label, font); h += 4
