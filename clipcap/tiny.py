@@ -60,7 +60,8 @@ def make_language(
     "A small language model that knows nothing yet"
     from transformers import GPT2Config, GPT2LMHeadModel
     end = tokenizer.eos_token_id
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=width, n_layer=layers, n_head=width//64, n_positions=128, bos_token_id=end, eos_token_id=end))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=width, n_layer=layers, n_head=width//64, n_positions=128, bos_token_id=end, eos_token_id=end,
+        activation_function='gelu_pytorch_tanh'))   # GPT-2's own function, computed in one go
 
 # %% ../nbs/20_tiny.ipynb #12-v02
 def write_views(

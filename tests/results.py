@@ -1,0 +1,81 @@
+"""Train every family of captioners on the same photos, score them, and write nbs/results.json, which the last lesson shows.
+
+python tests/results.py DATA TOWER WORK [row ...]     DATA: Flickr8k's folder; TOWER: an ImageNet MobileNetV2; rows: all, where none is named
+
+A killed run goes on. Rows may be trained side by side; the run that names none writes the table."""
+import json, shutil, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+from clipcap.data import read_dataset
+from clipcap.embed import embed_images
+from clipcap.evaluate import compare, evaluate_captions, measure_variety
+from clipcap.generate import GenerationOptions, generate_captions
+from clipcap.image import find_model, load_tower
+from clipcap.model import CaptionModel
+from clipcap.recipe import read_recipe, train_recipe
+from clipcap.report import write_text
+
+SEEN = dict(features='pooled', image_size=224, precision='bf16')
+MLP = SEEN | dict(preset='clipcap-mlp', language='new-gpt', epochs=6, batch_size=128, rate=1.2e-3, warmup=0.05)   # the LM is new, so with a new model's rate
+TELL, LSTM = SEEN | dict(preset='show-and-tell'), SEEN | dict(preset='image-lstm')
+ROWS = {
+    'Show and Tell': TELL,
+    'Show and Tell, rewarded': TELL | dict(reward_steps=300),
+    'LSTM, photo at every step': LSTM,
+    'ClipCap MLP': MLP,
+    'ClipCap transformer, LM frozen': MLP | dict(preset='clipcap-transformer', text_epochs=3),
+    'MLP, label smoothing': MLP | dict(label_smoothing=0.1),
+    'MLP, dropout on features': MLP | dict(dropout=0.3),
+    'MLP, LM at half the rate': MLP | dict(language_rate=6e-4),
+    'MLP, LM that can write': MLP | dict(text_epochs=3),
+    'MLP, LoRA': MLP | dict(text_epochs=3, lora=16),
+    'MLP, two scales': MLP | dict(features='multiscale', image_size=384),
+    'MLP, rewarded': MLP | dict(reward_steps=300),
+    'grid into a transformer': MLP | dict(features='grid', mapper='transformer', mapper_layers=2),
+    'best: LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=300),
+    'bundled tiny': None}
+
+def command(row):
+    "What a reader types to train it"
+    return 'clipcap train --data DATA --tower TOWER --model-out DIR ' + ' '.join(f"--{k.replace('_', '-')} {v}" for k, v in row.items())
+
+@contextmanager
+def stopwatch(file):
+    "Add the minutes spent in the block to those in the file, however it ends"
+    began = time.perf_counter()
+    try: yield
+    finally: file.parent.mkdir(parents=True, exist_ok=True); file.write_text(f'{spent(file) + (time.perf_counter() - began)/60:.2f}')
+
+def spent(file): return float(file.read_text()) if file.exists() else 0.0
+
+def learn(name, data, tower, work):
+    "Train the model of a row, unless it is trained, and give its parts: model, features of the photos, minutes (those of the features not counted)"
+    folder, (table, photos) = work/name.replace(', ', '-').replace(' ', '-'), read_dataset(data)
+    recipe = read_recipe(tower=str(tower), **ROWS[name]) if ROWS[name] else read_recipe()
+    seeing, store = load_tower(recipe.tower or find_model('tiny'), recipe.features, recipe.image_size), work/f'features-{recipe.features}-{recipe.image_size}'
+    features = embed_images(seeing, [photos/n for n in table.image.unique()], store, photos)
+    if not ROWS[name]: return CaptionModel.from_pretrained(find_model('tiny')), features, None
+    if not (folder/'done').exists():
+        with stopwatch(folder/'minutes.txt'): train_recipe(recipe, data, folder, store, report=lambda h: print(name, h.iloc[-1].to_dict(), flush=True), progress=False)
+        (folder/'done').touch()
+    return CaptionModel.from_pretrained(folder/'best'), features, spent(folder/'minutes.txt')
+
+def judge(model, features, references, training):
+    "Beam 5 on the validation photos: its scores, and the rest of its line in the table"
+    began = time.perf_counter()
+    said = [c for c, in generate_captions(model, features[features.rows(list(references))], GenerationOptions(beams=5))]
+    line = dict(parameters=sum(p.numel() for p in model.parameters()), captions_per_second=round(len(said)/(time.perf_counter() - began), 1))
+    scores = evaluate_captions(references, dict(zip(references, said)), meteor=bool(shutil.which('java')))
+    return scores, line | dict(variety=measure_variety(said, training).round(4).to_dict(), scores=scores.as_dict())
+
+def main(data, tower, work, *names):
+    rows, scored, (table, _), work = [], {}, read_dataset(data), Path(work)
+    references, training = table[table.split == 'val'].groupby('image').caption.apply(list).to_dict(), table[table.split == 'train'].caption.tolist()
+    for name in names or ROWS:
+        model, features, minutes = learn(name, data, tower, work)
+        scored[name], line = judge(model, features, references, training)
+        rows.append(dict(name=name, command=command(ROWS[name]) if ROWS[name] else None, minutes=minutes) | line); print(rows[-1], flush=True)
+    for row in () if names else rows: row['against_mlp'] = compare(scored[row['name']], scored['ClipCap MLP']).loc['CIDEr'].round(4).to_dict()
+    if not names: write_text(Path(__file__).parent.parent/'nbs'/'results.json', json.dumps(rows, indent=1) + '\n')
+
+if __name__ == '__main__': main(*sys.argv[1:])
