@@ -108,8 +108,7 @@ def blend(
     share: float,          # of the way to go, 0 to 1
 ) -> CaptionModel:         # a new model
     "The model part of the way between two"
-    model, weights = copy.deepcopy(before), after.state_dict()
+    model = copy.deepcopy(before)
     with torch.no_grad():
-        for name, w in model.state_dict().items():
-            if w.is_floating_point(): w.lerp_(weights[name], share)
+        for ours, theirs in zip(model.parameters(), after.parameters()): ours.lerp_(theirs, share)
     return model.eval()

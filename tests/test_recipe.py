@@ -4,7 +4,8 @@ from dataclasses import asdict
 import pandas as pd, pytest
 from safetensors.torch import load_file
 from clipcap.data import ClipcapError, draw_dataset
-from clipcap.recipe import PRESETS, Recipe, read_recipe, recipe_text
+from clipcap.model import CaptionModel
+from clipcap.recipe import PRESETS, Recipe, read_recipe, recipe_text, train_recipe
 
 def test_presets_are_the_published_settings():
     small, large, mlp, transformer = (read_recipe(name) for name in ('small', 'large', 'clipcap-mlp', 'clipcap-transformer'))
@@ -42,3 +43,17 @@ def test_two_processes_from_a_folder_to_a_captioner(tmp_path):
     assert max(float((one[k] - two[k]).abs().max()) for k in one if k.startswith('model.')) < 1e-3
     losses = [pd.read_csv(tmp_path/run/'history.csv').val_loss.item() for run in ('one', 'two')]
     assert abs(losses[0] - losses[1]) < 1e-3
+
+def test_writing_first_and_rewards_after(tmp_path):
+    draw_dataset(tmp_path/'scenes', 130, size=48)
+    how = dict(language='new-gpt', text_epochs=1, epochs=1, reward_steps=4, batch_size=64, lora=2)
+    learn = lambda **more: train_recipe(read_recipe(**how | more), tmp_path/'scenes', tmp_path/'run', device='cpu', progress=False)
+    history = learn()
+    assert list(pd.read_csv(tmp_path/'run'/'writer'/'history.csv').epoch) == list(history.epoch) == [1]
+    kept = json.loads((tmp_path/'run'/'reward.json').read_text())
+    assert len(kept['rewards']) == 4 and [*kept['scores']] == (['0', '0.25', '0.5', '0.75', '1'] if 'score' in history else ['1'])
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*.safetensors')}
+    assert learn().equals(history) and files == {p: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*.safetensors')}   # all done: nothing is written again
+    assert CaptionModel.from_pretrained(tmp_path/'run'/'before').config == CaptionModel.from_pretrained(tmp_path/'run'/'best').config
+    with pytest.raises(ClipcapError, match='other settings'): learn(reward_steps=5)
+    with pytest.raises(ClipcapError, match='text_epochs'): read_recipe(text_epochs=1)

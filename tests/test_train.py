@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from clipcap.data import ClipcapError
 from clipcap.model import CaptionModel, MapperConfig, add_lora
+from clipcap.self_critical import CiderReward, RewardConfig, blend, self_critical
 from clipcap.train import TrainConfig, train
 
 words = ['<|endoftext|>', *'abcdefghij']
@@ -149,3 +150,27 @@ def test_tensorboard(tmp_path):
     log = EventAccumulator(str(next(tmp_path.rglob('events*')).parent)); log.Reload()
     assert {'loss', 'rate', 'val_loss'} <= set(log.Tags()['scalars']) and len(log.Scalars('loss')) == 9
     assert not list(tmp_path.with_name('none').rglob('events*'))
+
+# ---- whole captions
+def test_self_critical_steps_go_on_where_they_were_killed(tmp_path, monkeypatch):
+    config = RewardConfig(steps=7, photos=8, samples=3, rate=1e-2, max_length=6, save_every=2)
+    praise = lambda model, checkpoint: self_critical(model, table[:600], Store(), config, checkpoint, progress=False)
+    unbroken, broken = fresh(0.3), fresh(0.3)
+    rewards = praise(unbroken, None)
+    real, calls = CiderReward.__call__, iter(range(10**6))
+    def killed(self, text, image):
+        if next(calls) == 8*3*5: raise KeyboardInterrupt   # within the sixth step, one after the last checkpoint
+        return real(self, text, image)
+    monkeypatch.setattr(CiderReward, '__call__', killed)
+    with pytest.raises(KeyboardInterrupt): praise(broken, tmp_path/'run.safetensors')
+    monkeypatch.undo()
+    again = fresh(0.3)
+    assert praise(again, tmp_path/'run.safetensors') == rewards and len(rewards) == 7
+    for name, w in unbroken.state_dict().items(): torch.testing.assert_close(again.state_dict()[name], w, rtol=0, atol=0, msg=name)
+
+def test_a_blend_lies_between():
+    before, after = fresh(), fresh()
+    with torch.no_grad(): [p.add_(1) for p in after.parameters()]
+    for share in (0, 0.25, 1):
+        middle = blend(before, after, share)
+        for a, b in zip(before.parameters(), middle.parameters()): torch.testing.assert_close(b, a + share)
