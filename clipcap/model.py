@@ -98,9 +98,11 @@ def token_logits(
     features: torch.Tensor,  # (batch, cells, feature_dim)
     ids: torch.Tensor,       # (batch, tokens): captions, padded on the right
     mask: torch.Tensor,      # (batch, tokens): 1 = token, 0 = padding
+    photos: torch.Tensor=None,  # (batch,): which row of the features each caption is about; None: each has its own
 ) -> torch.Tensor:           # (batch, tokens, vocabulary): what the model expects at each token, from photo and tokens before
     "Raw logits for every token of given captions"
-    prefix = model.mapper(features)
+    prefix = model.mapper(features)   # once a photo, however many captions it has here
+    if photos is not None: prefix = prefix[photos]
     embeddings = torch.cat([prefix, model.language.get_input_embeddings()(ids)], 1)
     seen = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1)
     return model.language(inputs_embeds=embeddings, attention_mask=seen, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
@@ -126,9 +128,9 @@ class CaptionModel(nn.Module):
         if self.frozen: self.language.eval()
         return self
 
-    def forward(self, features, ids, mask, label_smoothing=0.0):
+    def forward(self, features, ids, mask, photos=None, label_smoothing=0.0):
         "Mean cross-entropy a token, in nats; arguments as in `token_logits`, and the share of each target spread over all tokens"
-        logits, targets = token_logits(self, features, ids, mask), ids.masked_fill(mask == 0, -100)
+        logits, targets = token_logits(self, features, ids, mask, photos), ids.masked_fill(mask == 0, -100)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing)
 
 # %% ../nbs/02_model.ipynb #02-028

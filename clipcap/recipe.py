@@ -136,7 +136,7 @@ def teach_writing(
     torch.manual_seed(recipe.seed)
     language, tokenizer = new_language(recipe.language, table[table.split == 'train'].caption.tolist())
     writer = CaptionModel(language, tokenizer, MapperConfig('linear', feature_dim=1, prefix_length=recipe.prefix_length or 10))
-    train(writer, table, None, replace(recipe, epochs=recipe.text_epochs), folder, progress=progress)
+    train(writer, table, None, replace(recipe, epochs=recipe.text_epochs, together=False), folder, progress=progress)
     return str(folder/'best'/'language')
 
 # %% ../nbs/23_recipe.ipynb #08-015-b
@@ -163,14 +163,15 @@ def cider_score(
     table: pd.DataFrame,   # image, caption, split: 'val' is captioned
     store: FeatureStore,   # features of the photos
     photos: int=200,       # how many at most
+    beams: int=1,          # of the captions; 1 = greedy
 ):                         # a function: model -> CIDEr, 0 to 10; None where there are fewer than 20 photos
-    "A `score` for `train`: CIDEr of greedy captions of some validation photos, always the same ones"
+    "A `score` for `train`: CIDEr of captions of some validation photos, always the same ones"
     names = np.random.default_rng(0).permutation(sorted(table[table.split == 'val'].image.unique()))[:photos]
     if len(names) < 20: return None
     references = table[table.image.isin(names)].groupby('image').caption.apply(list).to_dict()
     features = store[store.rows(list(references))]
     def score(model):
-        said = generate_captions(model.eval(), features, GenerationOptions(beams=1))
+        said = generate_captions(model.eval(), features, GenerationOptions(beams=beams))
         return evaluate_captions(references, {name: caption for name, (caption,) in zip(references, said)}, bootstrap=0)['CIDEr']
     return score
 
@@ -250,5 +251,5 @@ def train_recipe(
         with on_board(model, table, features, photos, tracker == 'tensorboard' and folder/'clipcap', report) as report:
             score = cider_score(table, features, recipe.score_photos)
             history = train(model, table, features, recipe, folder, tower, report, progress, score, tracker)
-        if recipe.reward_steps and here.is_main_process: reward_captions(recipe, table, features, folder, tower, score, progress)
+        if recipe.reward_steps and here.is_main_process: reward_captions(recipe, table, features, folder, tower, cider_score(table, features, 5*recipe.score_photos, beams=5), progress)
         here.wait_for_everyone(); return history

@@ -70,7 +70,7 @@ def _siblings(model, features, names, reward, config):
     better = scores - (scores.sum(1, keepdim=True) - scores)/(n - 1)      # than its siblings on average
     ended = (ids == end).long()
     mask = (ended.cumsum(1) - ended == 0).long()                          # up to the first end token
-    logits = token_logits(model, features.repeat_interleave(n, 0), ids, mask)
+    logits = token_logits(model, features, ids, mask, torch.arange(len(features), device=ids.device).repeat_interleave(n))
     likely = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
     return -(better.flatten()[:, None]*likely*mask).sum()/mask.sum(), scores.mean().item()
 

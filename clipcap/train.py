@@ -31,22 +31,20 @@ class TokenisedCaptions:
     ):
         if not len(table): raise ClipcapError('there are no captions to train on: is the split empty?')
         ids = encode(tokenizer, table.caption.tolist(), max_tokens)
-        self.store, self.fill = store, tokenizer.eos_token_id
-        self.lengths = np.array([len(i) for i in ids])
-        self.starts = np.concatenate([[0], self.lengths.cumsum()])
-        self.tokens = np.concatenate(ids).astype(np.int32)
+        self.store, self.fill, self.lengths = store, tokenizer.eos_token_id, np.array([len(i) for i in ids])
+        self.starts, self.tokens = np.concatenate([[0], self.lengths.cumsum()]), np.concatenate(ids).astype(np.int32)
         self.rows = store.rows(table.image) if store is not None else np.zeros(len(table), dtype=int)
 
     def __len__(self): return len(self.lengths)
 
     def batch(self,
         which: np.ndarray,  # numbers of captions
-    ):                      # features (batch, cells, feature_dim), ids and mask (batch, tokens)
+    ):                      # features (photos, cells, feature_dim), ids and mask (batch, tokens), which photo each caption is about (batch,)
         "What the model needs to learn from these captions"
         ids, mask = pad([self.tokens[self.starts[i]:self.starts[i + 1]].tolist() for i in which], self.fill)
-        photos, back = np.unique(self.rows[which], return_inverse=True)   # each photo is read once
-        features = torch.zeros(1, 1, 1) if self.store is None else torch.as_tensor(np.asarray(self.store[photos], dtype=np.float32))
-        return features[torch.as_tensor(back)], ids, mask
+        photos, about = np.unique(self.rows[which], return_inverse=True)   # each photo is read once
+        features = np.zeros((1, 1, 1)) if self.store is None else self.store[photos]
+        return torch.as_tensor(np.asarray(features, dtype=np.float32)), ids, mask, torch.as_tensor(about)
 
 # %% ../nbs/04_train.ipynb #04-009
 def batches_by_length(
@@ -55,14 +53,15 @@ def batches_by_length(
     seed: int=0,           # of the shuffle
     epoch: int=0,          # every epoch is shuffled anew
     portion: int=32,       # batches that are sorted together
+    photos: np.ndarray=None,  # of each caption: those of one photo are then kept together
 ) -> list[np.ndarray]:     # numbers of the captions in each batch
     "One epoch of batches, each of captions about equally long"
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    portions = [order[i:i + portion*batch_size] for i in range(0, len(order), portion*batch_size)]
-    order = np.concatenate([p[np.argsort(lengths[p], kind='stable')] for p in portions])
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    rng, (_, photo) = np.random.default_rng((seed, epoch)), np.unique(np.arange(len(lengths)) if photos is None else photos, return_inverse=True)
+    longest = pd.Series(lengths).groupby(photo).max().to_numpy()
+    order = np.argsort(rng.permutation(len(longest))[photo], kind='stable')
+    cut = lambda size: np.split(order, range(size, len(order), size))
+    order = np.concatenate([p[np.argsort(longest[photo[p]], kind='stable')] for p in cut(portion*batch_size)])
+    rng.shuffle(batches := cut(batch_size)); return batches
 
 # %% ../nbs/04_train.ipynb #04-013
 def learning_rate(
@@ -92,6 +91,7 @@ class TrainConfig:
     max_tokens: int = 40           # longer captions are cut
     precision: str = 'fp32'        # bf16, fp16: faster where the processor can, weights stay fp32
     patience: int = 0              # stop after so many epochs without a better one; 0 = never
+    together: bool = False         # all captions of a photo in one batch: the mapper works once for them
     seed: int = 0                  # of batches and dropout
     save_every: int = 200          # steps between checkpoints within an epoch
 
@@ -205,9 +205,9 @@ def _one_step(run, which):
     parts = np.array_split(which, config.accumulate*accelerator.num_processes)[accelerator.process_index::accelerator.num_processes]
     loss = torch.zeros((), device=run.model.mapper.mean.device)
     for n, part in enumerate(parts, 1):   # the last batch may be too small for all: an empty part counts for nothing
-        features, ids, mask = (t.to(loss.device) for t in run.captions.batch(part if len(part) else which[:1]))
+        features, ids, mask, about = (t.to(loss.device) for t in run.captions.batch(part if len(part) else which[:1]))
         with nullcontext() if n == len(parts) else accelerator.no_sync(run.wrapped):
-            share = run.wrapped(features, ids, mask, config.label_smoothing)*float(lengths[part].sum()/lengths[which].sum())
+            share = run.wrapped(features, ids, mask, about, config.label_smoothing)*float(lengths[part].sum()/lengths[which].sum())
             accelerator.backward(share*accelerator.num_processes)   # of the processes' gradients the mean is taken
         loss += share.detach()
     accelerator.clip_grad_norm_(run.model.parameters(), config.clip)
@@ -220,7 +220,7 @@ def _one_step(run, which):
 def _one_epoch(run, bar):
     from time import perf_counter
     run.wrapped.train(); bar.set_description(f'epoch {run.epoch + 1}/{run.config.epochs}'); began, first = perf_counter(), run.step
-    batches = batches_by_length(run.captions.lengths, run.a_step, run.config.seed, run.epoch)
+    batches = batches_by_length(run.captions.lengths, run.a_step, run.config.seed, run.epoch, photos=run.captions.rows if run.config.together else None)
     for which in batches[first:]:
         _one_step(run, which); bar.update(); bar.set_postfix(loss=f'{run.train_loss:.3f}', refresh=False)
         if run.step % run.config.save_every == 0: run.save()

@@ -106,16 +106,18 @@ def _train_some(way, photos=400):   # in a process of its own: captions a second
     class Store(dict):   # what training asks of a store
         def __getitem__(self, rows): return rng.standard_normal((len(rows), 1, 512), np.float32)
         def rows(self, names): return np.array([int(name[:-4]) for name in names])
-    captions, model = TokenisedCaptions(table, Store(), captioner.model.tokenizer), captioner.model.train()
+    captions, model = TokenisedCaptions(table, Store(), captioner.model.tokenizer), captioner.model
+    if way in ('apart', 'together'): model = CaptionModel(model.language, model.tokenizer, MapperConfig('transformer', feature_dim=512, prefix_length=40), freeze_language=True)
+    model.train()
     optimizer, longest = make_optimizer(model, TrainConfig()), captions.lengths.max()
-    batches = [np.arange(i, i + 128) for i in range(0, len(captions) - 127, 128)] if way == 'padded' else batches_by_length(captions.lengths, 128)
+    batches = [np.arange(i, i + 128) for i in range(0, len(captions) - 127, 128)] if way == 'padded' else batches_by_length(captions.lengths, 128, photos=captions.rows if way == 'together' else None)
     def go():
         for which in batches:
-            features, ids, mask = captions.batch(which)
+            features, ids, mask, about = captions.batch(which)
             if way == 'padded':
                 room = (0, int(longest) - ids.shape[1])
-                loss = _padded_step(model, features, torch.nn.functional.pad(ids, room), torch.nn.functional.pad(mask, room))
-            else: loss = model(features, ids, mask)
+                loss = _padded_step(model, features[about], torch.nn.functional.pad(ids, room), torch.nn.functional.pad(mask, room))
+            else: loss = model(features, ids, mask, about)
             optimizer.zero_grad(); loss.backward(); optimizer.step()
     before, speed = resident(), sum(map(len, batches))/shortest(go, 2)
     print(json.dumps([speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 - before]))
@@ -125,6 +127,8 @@ def training(work):
     run = lambda way: json.loads(subprocess.run([sys.executable, __file__, f'_train_some={way}'], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     (slow, much), (fast, little) = run('padded'), run('ours')
     print(f'training: padded to the longest, logits of everything {slow:.0f} captions/s, +{much:.0f} MiB at the peak -> as `train` does {fast:.0f} captions/s, +{little:.0f} MiB; {fast/slow:.1f}x, {little/much:.2f} of the memory', flush=True)
+    (apart, much), (together, little) = run('apart'), run('together')
+    print(f'training a transformer mapper (prefix 40, 8 layers) before a frozen LM: captions of a photo apart {apart:.0f} captions/s -> together {together:.0f} captions/s, {together/apart:.1f}x, {little/much:.2f} of the memory', flush=True)
 
 def photos(work):
     "From file to caption with the bundled model's defaults, a folder of 64 photos"

@@ -3,7 +3,7 @@
 python tests/results.py DATA TOWER WORK [row ...]     DATA: Flickr8k's folder; TOWER: an ImageNet MobileNetV2; rows: all, where none is named
 
 A killed run goes on. Rows may be trained side by side; the run that names none writes the table."""
-import json, shutil, sys, time
+import json, re, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from clipcap.data import read_dataset
@@ -23,13 +23,11 @@ ROWS = {
     'Show and Tell, rewarded': TELL | dict(reward_steps=300),
     'LSTM, photo at every step': LSTM,
     'ClipCap MLP': MLP,
-    'ClipCap transformer, LM frozen': MLP | dict(preset='clipcap-transformer', text_epochs=3),
+    'ClipCap transformer, LM frozen': MLP | dict(preset='clipcap-transformer', text_epochs=2, together=True),
     'MLP, label smoothing': MLP | dict(label_smoothing=0.1),
     'MLP, dropout on features': MLP | dict(dropout=0.3),
     'MLP, LM at half the rate': MLP | dict(language_rate=6e-4),
-    'MLP, LM that can write': MLP | dict(text_epochs=3),
-    'MLP, LoRA': MLP | dict(text_epochs=3, lora=16),
-    'MLP, two scales': MLP | dict(features='multiscale', image_size=384),
+    'MLP, LoRA': MLP | dict(text_epochs=2, lora=16),
     'MLP, rewarded': MLP | dict(reward_steps=300),
     'grid into a transformer': MLP | dict(features='grid', mapper='transformer', mapper_layers=2),
     'best: LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=300),
@@ -50,7 +48,7 @@ def spent(file): return float(file.read_text()) if file.exists() else 0.0
 
 def learn(name, data, tower, work):
     "Train the model of a row, unless it is trained, and give its parts: model, features of the photos, minutes (those of the features not counted)"
-    folder, (table, photos) = work/name.replace(', ', '-').replace(' ', '-'), read_dataset(data)
+    folder, (table, photos) = work/re.sub(r'\W+', '-', name), read_dataset(data)
     recipe = read_recipe(tower=str(tower), **ROWS[name]) if ROWS[name] else read_recipe()
     seeing, store = load_tower(recipe.tower or find_model('tiny'), recipe.features, recipe.image_size), work/f'features-{recipe.features}-{recipe.image_size}'
     features = embed_images(seeing, [photos/n for n in table.image.unique()], store, photos)
