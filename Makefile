@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow notebooks lab bench clean
+.PHONY: help demo test test-slow notebooks lab bench results clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r t h; do printf 'make %-10s  %s\n' "$$t" "$$h"; done
@@ -27,6 +27,9 @@ lab: .venv/dev.stamp  ## Open the notebooks in JupyterLab
 
 bench: .venv/dev.stamp  ## Measure speed and memory
 	$(PY) tests/bench.py $(ARGS)
+
+results: .venv/dev.stamp  ## Train and score every family (DATA=Flickr8k's folder TOWER=a MobileNetV2 WORK=a folder)
+	$(PY) tests/results.py $(DATA) $(TOWER) $(WORK)
 
 clean:  ## Remove what builds and tests leave behind (.venv stays)
 	rm -rf build dist clipcap.egg-info .pytest_cache _proc
