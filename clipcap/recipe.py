@@ -66,7 +66,7 @@ PRESETS = {
         mapper_layers=8, mapper_heads=8, freeze_language=True, epochs=10, batch_size=40, rate=2e-5, warmup=0.035)}
 
 # %% ../nbs/23_recipe.ipynb #08-lstm-b
-_lstm = dict(tower='microsoft/resnet-50', features='pooled', mapper='linear', prefix_length=1, dropout=0.2, epochs=20, batch_size=64, rate=1.5e-3, weight_decay=0.05, label_smoothing=0.1)
+_lstm = dict(tower='microsoft/resnet-50', features='pooled', mapper='linear', prefix_length=1, dropout=0.2, epochs=15, batch_size=64, rate=1.5e-3, weight_decay=0.05, label_smoothing=0.1)
 PRESETS |= {'show-and-tell': dict(_lstm, language='new-lstm'), 'image-lstm': dict(_lstm, language='new-image-lstm')}
 
 # %% ../nbs/23_recipe.ipynb #08-011

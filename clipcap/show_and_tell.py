@@ -146,8 +146,8 @@ class LSTMConfig(PreTrainedConfig):
 
     def __init__(self,
         vocab_size: int=1000,            # tokens
-        hidden_size: int=512,            # of h, of c, and of the embeddings
-        dropout: float=0.4,              # on words, before and after the LSTM, in training
+        hidden_size: int=384,            # of h, of c, and of the embeddings
+        dropout: float=0.3,              # before and after the LSTM, in training
         image_every_step: bool=False,    # True: the first embedding is the photo, and every step sees it
         initializer_range: float=0.08,   # spread of the embeddings at the beginning
         tie_word_embeddings: bool=True,  # the same matrix in and out
@@ -177,9 +177,8 @@ class LSTMLanguage(PreTrainedModel, GenerationMixin):
         "Logits for the next token after each; padding on the right is harmless, for nothing looks ahead"
         state, x = past_key_values, self.words(input_ids) if inputs_embeds is None else inputs_embeds
         read, image = x.shape[1] + (state.length if state else 0), None
-        x = self.dropout(x) if state else torch.cat([x[:, :1], self.dropout(x[:, 1:])], 1)   # the photo comes first, and has a dropout of its own
         if self.config.image_every_step: x, image = self._see(x, state)
-        out, (h, c) = self.lstm(x, (state.h, state.c) if state else None)
+        out, (h, c) = self.lstm(self.dropout(x), (state.h, state.c) if state else None)
         return CausalLMOutputWithPast(logits=self.head(self.dropout(out[:, -logits_to_keep:])), past_key_values=LSTMState(h, c, image, read) if use_cache else None)
 
 # %% ../nbs/09_show_and_tell.ipynb #st-022

@@ -22,6 +22,7 @@ ROWS = {
     'Show and Tell': TELL,
     'Show and Tell, rewarded': TELL | dict(reward_steps=300),
     'LSTM, photo at every step': LSTM,
+    'LSTM, rewarded': LSTM | dict(reward_steps=300),
     'ClipCap MLP': MLP,
     'ClipCap transformer, LM frozen': MLP | dict(preset='clipcap-transformer', text_epochs=2, together=True),
     'MLP, label smoothing': MLP | dict(label_smoothing=0.1),
@@ -30,7 +31,7 @@ ROWS = {
     'MLP, LoRA': MLP | dict(text_epochs=2, lora=16),
     'MLP, rewarded': MLP | dict(reward_steps=300),
     'grid into a transformer': MLP | dict(features='grid', mapper='transformer', mapper_layers=2),
-    'best: LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=300),
+    'LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=600),
     'bundled tiny': None}
 
 def command(row):
