@@ -102,5 +102,7 @@ def train(data: Annotated[Path, typer.Option(metavar='FOLDER', help='A data set:
     say(recipe_text(recipe))
     bars = sys.stderr.isatty() and os.environ.get('RANK', '0') == '0'
     train_recipe(recipe, data, model_out, store, device, lambda history: say(_news(recipe, model_out, history)), bars, tracker)
+    if recipe.reward_steps and (scores := json.loads((model_out/'reward.json').read_text())['scores']).get('0'):
+        say('CIDEr on the way to the rewarded weights: ' + ', '.join(f'{float(share):.0%} {score:.3f}' for share, score in scores.items()) + '; the best is kept')
     if 'RANK' in os.environ: from accelerate import PartialState; PartialState().destroy_process_group()
     say(f'Now try: clipcap caption photo.jpg --model {model_out/"best"}')

@@ -19,7 +19,7 @@ from .embed import FeatureStore, VisionTower, embed_images, quiet
 from .evaluate import evaluate_captions
 from .generate import GenerationOptions, generate_captions
 from .image import find_model, load_tower
-from .model import CaptionModel, MapperConfig, add_lora, write_folder
+from .model import CaptionModel, MapperConfig, add_lora, replace_file, write_folder
 from .self_critical import RewardConfig, blend, self_critical
 from .show_and_tell import Vocabulary, caption_board, make_lstm, word_board, word_tokenizer
 from .tiny import make_language, make_tokenizer, plain_captions
@@ -193,7 +193,7 @@ def reward_captions(
     rewards = self_critical(after, table, store, RewardConfig(steps=recipe.reward_steps, precision='bf16' if recipe.precision == 'bf16' else 'fp32', seed=recipe.seed), folder/'reward.safetensors', progress)
     scores = {share: score(blend(before, after, share)) for share in (0, 0.25, 0.5, 0.75, 1)} if score else {1: None}
     blend(before, after, max(scores, key=lambda share: scores[share] or 0)).save_pretrained(best, tower)
-    (folder/'reward.json').write_text(json.dumps(dict(scores=scores, rewards=rewards)))
+    replace_file(folder/'reward.json', lambda new: new.write_text(json.dumps(dict(scores=scores, rewards=rewards))))
 
 # %% ../nbs/23_recipe.ipynb #08-021
 @contextmanager
