@@ -93,7 +93,7 @@ def self_critical(
     for step in trange(len(rewards), config.steps, disable=not progress):
         torch.manual_seed((dice := np.random.default_rng((config.seed, step))).integers(2**62).item())
         for group in optimizer.param_groups: group['lr'] = config.rate*min((step + 1)/20, 1 - step/config.steps)
-        chosen = dice.choice(names, config.photos, replace=False)
+        chosen = dice.choice(names, min(config.photos, len(names)), replace=False)
         features = torch.as_tensor(store[store.rows(chosen)].astype(np.float32), device=model.mapper.mean.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=config.precision == 'bf16'): loss, mean = _siblings(model, features, chosen, reward, config)
         optimizer.zero_grad(); loss.backward()
