@@ -27,16 +27,13 @@ ROWS = {
     'ClipCap transformer, LM frozen': MLP | dict(preset='clipcap-transformer', text_epochs=2, together=True),
     'MLP, label smoothing': MLP | dict(label_smoothing=0.1),
     'MLP, dropout on features': MLP | dict(dropout=0.3),
-    'MLP, LM at half the rate': MLP | dict(language_rate=6e-4),
-    'MLP, LoRA': MLP | dict(text_epochs=2, lora=16),
     'MLP, rewarded': MLP | dict(reward_steps=300),
-    'grid into a transformer': MLP | dict(features='grid', mapper='transformer', mapper_layers=2),
     'LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=600),
     'bundled tiny': None}
 
 def command(row):
     "What a reader types to train it"
-    return 'clipcap train --data DATA --tower TOWER --model-out DIR ' + ' '.join(f"--{k.replace('_', '-')} {v}" for k, v in row.items())
+    return 'clipcap train --data DATA --tower TOWER --model-out DIR ' + ' '.join(f"--{k.replace('_', '-')}" + f' {v}'*(v is not True) for k, v in row.items())
 
 @contextmanager
 def stopwatch(file):
