@@ -28,7 +28,7 @@ ROWS = {
     'MLP, label smoothing': MLP | dict(label_smoothing=0.1),
     'MLP, dropout on features': MLP | dict(dropout=0.3),
     'MLP, rewarded': MLP | dict(reward_steps=300),
-    'LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=600),
+    'best: LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=600),
     'bundled tiny': None}
 
 def command(row):
