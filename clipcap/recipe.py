@@ -45,14 +45,16 @@ class Recipe(TrainConfig):
     reward_steps: int = 0          # self-critical steps after the epochs: whole captions, rewarded by their CIDEr
     score_photos: int = 200        # validation photos captioned after each epoch for CIDEr; 0 = the loss tells which epoch is best
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, known in dict(features=('grid', 'pooled', 'multiscale', 'projected'), mapper=('linear', 'mlp', 'transformer')).items():
-            if getattr(self, name) not in (None, *known): raise ClipcapError(f"{name} '{getattr(self, name)}': choose {', '.join(known)}")
-        for name, low in dict(image_size=1, text_epochs=0, lora=0, prefix_length=1, mapper_layers=1, mapper_heads=1, dropout=0, reward_steps=0, score_photos=0).items():
-            if not (value := getattr(self, name)) is None and not value >= low: raise ClipcapError(f'{name} must be at least {low}, not {value}')
-        if self.text_epochs and self.language not in NEW: raise ClipcapError(f"text_epochs: for a new language model ({', '.join(NEW)}) alone; '{self.language or self.model}' can write")
-        if self.lora and self.freeze_language: raise ClipcapError('lora and freeze_language: choose one, for LoRA freezes all but its own matrices')
+    def __post_init__(self): super().__post_init__(); _check_parts(self)
+
+# %% ../nbs/23_recipe.ipynb #08-005-b
+def _check_parts(recipe):
+    for name, known in dict(features=('grid', 'pooled', 'multiscale', 'projected'), mapper=('linear', 'mlp', 'transformer')).items():
+        if getattr(recipe, name) not in (None, *known): raise ClipcapError(f"{name} '{getattr(recipe, name)}': choose {', '.join(known)}")
+    for name, low in dict(image_size=1, text_epochs=0, lora=0, prefix_length=1, mapper_layers=1, mapper_heads=1, dropout=0, reward_steps=0, score_photos=0).items():
+        if not (value := getattr(recipe, name)) is None and not value >= low: raise ClipcapError(f'{name} must be at least {low}, not {value}')
+    if recipe.text_epochs and recipe.language not in NEW: raise ClipcapError(f"text_epochs: for a new language model ({', '.join(NEW)}) alone; '{recipe.language or recipe.model}' can write")
+    if recipe.lora and recipe.freeze_language: raise ClipcapError('lora and freeze_language: choose one, for LoRA freezes all but its own matrices')
 
 # %% ../nbs/23_recipe.ipynb #08-008
 PRESETS = {
@@ -223,6 +225,15 @@ def on_board(
     yield lambda history: [tell(history) for tell in (report, board) if tell]
     if folder and PartialState().is_main_process: word_board(model, folder)
 
+# %% ../nbs/23_recipe.ipynb #08-024-b
+def _see(recipe, data, store, device, here, progress):   # the tower, captions of the photos that it could read, their folder and features
+    (table, photos), tower = read_dataset(data), load_tower(recipe.tower or find_model(recipe.model), recipe.features, recipe.image_size, device)
+    if here.is_main_process: embed_images(tower, [photos/name for name in table.image.unique()], store, photos, progress=progress)
+    here.wait_for_everyone()
+    features = FeatureStore.open(store, tower.fingerprint)
+    table = table[table.image.isin(features.names)]
+    return tower, plain_captions(table) if recipe.language in NEW else table, photos, features
+
 # %% ../nbs/23_recipe.ipynb #08-024
 def train_recipe(
     recipe: Recipe,        # what, and how
@@ -235,15 +246,10 @@ def train_recipe(
     tracker: str=None,     # tensorboard or wandb
 ) -> pd.DataFrame:         # the history
     "Train a captioner on a folder of photos and captions; a killed run goes on where it was"
-    folder, (table, photos) = Path(folder), read_dataset(data)
+    folder = Path(folder)
     here = PartialState(cpu=device == 'cpu' or not torch.cuda.is_available(), timeout=timedelta(days=1))
     with enough_memory(recipe):
-        tower = load_tower(recipe.tower or find_model(recipe.model), recipe.features, recipe.image_size, device)
-        if here.is_main_process: embed_images(tower, [photos/name for name in table.image.unique()], store or folder/'features', photos, progress=progress)
-        here.wait_for_everyone()
-        features = FeatureStore.open(store or folder/'features', tower.fingerprint)
-        table = table[table.image.isin(features.names)]
-        if recipe.language in NEW: table = plain_captions(table)
+        tower, table, photos, features = _see(recipe, data, store or folder/'features', device, here, progress)
         if here.is_main_process and not (folder/'last.safetensors').exists():
             folder.mkdir(parents=True, exist_ok=True); (folder/'recipe.yaml').write_text(recipe_text(recipe))
         begin = replace(recipe, language=teach_writing(recipe, table, folder/'writer', progress), text_epochs=0) if recipe.text_epochs else recipe
