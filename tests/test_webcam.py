@@ -157,7 +157,8 @@ def test_command_without_camera_or_display(monkeypatch, fake):
 
 def test_ctrl_c(tmp_path):
     command = [sys.executable, '-m', 'clipcap.cli', 'webcam', '--no-window', '--beams', '1', '--source', film(tmp_path/'film.mp4', frames=50, fps=1)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell's background jobs, CI's perhaps, are deaf to it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as run:
         assert run.stdout.readline().count('\t') == 1
         run.send_signal(signal.SIGINT)
         _, complaints = run.communicate(timeout=120)
