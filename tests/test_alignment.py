@@ -92,7 +92,7 @@ def test_a_batch_never_holds_a_photo_twice(size):
 def test_it_finds_the_photos_and_the_regions(world, trained):
     table, store, held, places = world
     aligner, history, _ = trained
-    assert len(history) == small.epochs and history.loss.iloc[-1] < history.loss.iloc[0]/2 and history.score.max() > .8   # chance .67, and some photos hold the same two things
+    assert len(history) == small.epochs and history.loss.iloc[-1] < history.loss.iloc[0]/2 and history.score.max() > .9
     with torch.inference_mode():
         for i in range(12):   # photos never learned from: each thing on its cell
             words, mask = aligner.read(*aligner.encode([f'a {things[held[i][0]]} and a {things[held[i][1]]}']))
