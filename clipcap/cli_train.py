@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tower', 'Kinds', 'Features', 'ImageSize', 'SETTINGS', 'Run', 'Store', 'Preset', 'Config', 'Tracker', 'describe',
-           'data', 'embed', 'with_settings', 'train']
+           'data', 'embed', 'with_settings', 'train', 'ensemble']
 
 # %% ../nbs/27_cli_train.ipynb #15-002
 import inspect, json, os, sys
@@ -36,8 +36,8 @@ def data(
 
 # %% ../nbs/27_cli_train.ipynb #15-026
 Tower = Annotated[str|None, typer.Option(help='A vision model, by folder or name on the Hub, or a caption model whose tower is meant. That of the bundled model where none is given.', show_default=False)]
-Kinds = Literal['grid', 'pooled', 'multiscale', 'projected']   # of features
-Features = Annotated[Kinds|None, typer.Option(help='What to keep of what the tower sees; multiscale: pooled at two sizes; projected: CLIP only.', show_default=False)]
+Kinds = Literal['grid', 'pooled', 'hypercolumn', 'projected']   # of features
+Features = Annotated[Kinds|None, typer.Option(help='What to keep of what the tower sees; hypercolumn: pooled, and three depths, at two sizes; projected: CLIP only.', show_default=False)]
 ImageSize = Annotated[int|None, typer.Option(min=1, help='Squash photos to this many pixels a side, instead of what the tower does by itself.', show_default=False)]
 
 @app.command()
@@ -58,7 +58,7 @@ def embed(
 # %% ../nbs/27_cli_train.ipynb #15-028
 SETTINGS = dict(   # type, default as shown, help
     model=(str, 'tiny', 'The caption model to go on from; it lends the parts that are not named.'), tower=(str, '', 'Another vision tower: folder, or name on the Hub.'),
-    features=(Kinds, '', 'What to keep of what the tower sees; multiscale: pooled at two sizes; projected: CLIP only.'), image_size=(int, '', 'Squash photos to this many pixels a side.'),
+    features=(Kinds, '', 'What to keep of what the tower sees; hypercolumn: pooled, and three depths, at two sizes; projected: CLIP only.'), image_size=(int, '', 'Squash photos to this many pixels a side.'),
     language=(str, '', 'Another language model: folder or name of a causal LM of transformers; new-lstm, new-image-lstm, new-gpt: made from your captions.'), text_epochs=(int, '0', 'Passes of a new language model over the captions alone, before it meets photos.'), freeze_language=(bool, '', 'Train the mapper alone.'),
     lora=(int, '0', 'Rank of thin matrices that learn instead of the language model (needs peft); 0 = none.'), mapper=(Literal['linear', 'mlp', 'transformer'], '', 'A new mapper; mlp where tower or language model are new.'),
     prefix_length=(int, '', 'Prefix length of a new mapper, for pooled features or a transformer.'), mapper_layers=(int, '8', 'Layers of a transformer mapper.'), mapper_heads=(int, '8', 'Heads of a transformer mapper.'),
@@ -106,3 +106,15 @@ def train(data: Annotated[Path, typer.Option(metavar='FOLDER', help='A data set:
         say('CIDEr on the way to the rewarded weights: ' + ', '.join(f'{float(share):.0%} {score:.3f}' for share, score in scores.items()) + '; the best is kept')
     if 'RANK' in os.environ: from accelerate import PartialState; PartialState().destroy_process_group()
     say(f'Now try: clipcap caption photo.jpg --model {model_out/"best"}')
+
+# %% ../nbs/27_cli_train.ipynb #15-e2
+@app.command()
+def ensemble(models: Annotated[list[str], typer.Argument(metavar='MODEL...', help='Captioners of --preset show-and-tell or image-lstm, each with another --seed.', show_default=False)],
+             model_out: Annotated[Path, typer.Option(metavar='DIR', help='Gets the model.', show_default=False)]):
+    "Make one captioner of several LSTMs: it expects what they expect on average."
+    from clipcap import image, image_lstm, model
+    folders = [image.find_model(name) for name in models]
+    towers = [image.load_tower(folder, device='cpu') for folder in folders]
+    if other := [name for name, tower in zip(models, towers) if tower.fingerprint != towers[0].fingerprint]: raise typer.BadParameter(f'{other[0]} sees with another tower than {models[0]}')
+    image_lstm.ensemble([model.CaptionModel.from_pretrained(folder) for folder in folders]).save_pretrained(model_out, towers[0])
+    typer.echo(f'Now try: clipcap caption photo.jpg --model {model_out}')

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COLOURS', 'THINGS', 'BACKGROUNDS', 'WORDINGS', 'draw_scene', 'ClipcapError', 'split_by_image', 'draw_dataset',
            'read_flickr', 'read_karpathy', 'read_coco', 'read_table', 'read_captions', 'list_images', 'open_image',
-           'read_dataset', 'find_dataset']
+           'read_ahead', 'read_dataset', 'find_dataset']
 
 # %% ../nbs/00_data.ipynb #00-002
 import contextlib, csv, glob, io, json, os, random, re, warnings
 import numpy as np, pandas as pd
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 
@@ -213,6 +214,28 @@ def open_image(source, # path, http(s) or file address, bytes, open file, PIL im
     except Exception as fault:   # a damaged file may raise anything
         why = getattr(fault, 'strerror', '') or ' '.join(str(fault).split()) or type(fault).__name__
         raise ClipcapError(f"{name}: {why}{' (not a photo, or damaged)'*isinstance(fault, Image.UnidentifiedImageError)}") from fault
+
+# %% ../nbs/00_data.ipynb #00-rB
+def read_ahead(
+    sources: list,   # what to read
+    read,            # called with a source, in a thread
+    batch_size: int, # sources a batch
+    workers: int=2,  # threads
+    keep_faults: bool=False,  # True: a ClipcapError stands where its source could not be read; False: it is raised
+):                   # yields lists of (source, what was read), in order
+    "Batches that are read while the caller works on those before"
+    def attempt(source):
+        try: return source, read(source)
+        except ClipcapError as error:
+            if not keep_faults: raise
+            return source, error
+    batches = [sources[i:i + batch_size] for i in range(0, len(sources), batch_size)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        ahead = [pool.map(attempt, batch) for batch in batches[:2]]
+        for n in range(len(batches)):
+            ready = list(ahead.pop(0))
+            ahead.extend(pool.map(attempt, batch) for batch in batches[n + 2:n + 3])
+            yield ready
 
 # %% ../nbs/00_data.ipynb #00-045
 def _caption_files(folder):   # what matches the first pattern that anything matches

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.nn import functional as F
-from .data import ClipcapError, open_image
-from .embed import FeatureStore, read_ahead
+from .data import open_image, read_ahead
+from .embed import FeatureStore
 from .train import learning_rate, load_checkpoint, save_checkpoint
 
 # %% ../nbs/19_distill.ipynb #11-005
@@ -32,9 +32,7 @@ def squash_photos(
         array = np.lib.format.open_memmap(part, 'w+', np.uint8, (len(photos), size, size, 3))
         done, read = 0, lambda photo: np.asarray(open_image(photo).resize((size, size), 3))
         for batch in read_ahead(photos, read, 64):
-            for _, pixels in batch:
-                if isinstance(pixels, ClipcapError): raise pixels
-                array[done] = pixels; done += 1
+            for _, pixels in batch: array[done] = pixels; done += 1
         array.flush(); part.rename(file)
     return np.load(file, mmap_mode='r')
 

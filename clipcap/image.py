@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont
 import clipcap
-from .data import ClipcapError, open_image
-from .embed import VisionTower, read_ahead
+from .data import ClipcapError, open_image, read_ahead
+from .embed import VisionTower
 from .generate import GenerationOptions, generate_captions, score_captions
 from .model import CaptionModel, read_model_config
 
@@ -110,7 +110,7 @@ class Captioner:
 
     def stream(self, sources: list, options: GenerationOptions=GenerationOptions()):
         "Caption many photos (whatever `open_image` takes): yields (source, its candidates, best first, or the ClipcapError), in order"
-        for batch in read_ahead(list(sources), lambda source: self.tower.preprocess([open_image(source)])[0], self.batch_size):
+        for batch in read_ahead(list(sources), lambda source: self.tower.preprocess([open_image(source)])[0], self.batch_size, keep_faults=True):
             pixels = [made for _, made in batch if not isinstance(made, ClipcapError)]
             done, self.batch_size = in_batches(lambda some: caption_features(self.model, self.tower(torch.stack(some)), options), pixels, self.batch_size)
             for source, made in batch: yield source, made if isinstance(made, ClipcapError) else done.pop(0)

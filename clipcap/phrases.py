@@ -13,8 +13,8 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from torch.nn import functional as F
 from .alignment import AlignConfig, Aligner, alignment_recall, load_aligner, make_vocabulary, pair_scores, train_aligner, words_of
-from .data import ClipcapError, list_images, open_image, read_dataset
-from .embed import FeatureStore, embed_images, read_ahead
+from .data import ClipcapError, list_images, open_image, read_ahead, read_dataset
+from .embed import FeatureStore, embed_images
 from .image import contact_sheet, local_model
 from .regions import cell_boxes, draw_regions, open_regions, region_boxes, reopen_regions, seen_part
 from .retrieval import TwoTowers
@@ -68,8 +68,6 @@ class PhotoAligner:
     def regions(self, photos: list, batch_size: int=16) -> torch.Tensor:   # whatever `open_image` takes -> (photos, whole + regions, space)
         found = []
         for batch in read_ahead(list(photos), lambda photo: self.tower.preprocess([open_image(photo)])[0], batch_size):
-            for _, pixels in batch:
-                if isinstance(pixels, ClipcapError): raise pixels
             found.append(self.aligner.see(self.tower(torch.stack([pixels for _, pixels in batch]))).cpu())
         return torch.cat(found)
 
@@ -147,8 +145,6 @@ class ClipAligner:
         def read(photo): return torch.as_tensor(self.towers.processor(images=[open_image(photo)], return_tensors='np')['pixel_values'][0])
         found, vision = [], self.model.vision_model
         for batch in read_ahead(list(photos), read, batch_size):
-            for _, pixels in batch:
-                if isinstance(pixels, ClipcapError): raise pixels
             seen = vision(pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.model.device)).last_hidden_state
             found.append(F.normalize(self.model.visual_projection(vision.post_layernorm(seen)), dim=-1).cpu())
         return torch.cat(found)

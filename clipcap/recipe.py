@@ -31,7 +31,7 @@ class Recipe(TrainConfig):
     "What a captioner is made of, and how it is trained"
     model: str = 'tiny'            # the caption model to go on from; it lends the parts that are not named
     tower: str|None = None         # vision tower: folder, or name on the Hub
-    features: str|None = None      # what to keep of what it sees: grid, pooled, multiscale or projected
+    features: str|None = None      # what to keep of what it sees: grid, pooled, hypercolumn or projected
     image_size: int|None = None    # squash photos to so many pixels a side
     language: str|None = None      # language model: folder, name on the Hub, or a new one: new-lstm, new-image-lstm, new-gpt
     text_epochs: int = 0           # passes of a new language model over the captions alone, before it meets photos
@@ -49,7 +49,7 @@ class Recipe(TrainConfig):
 
 # %% ../nbs/23_recipe.ipynb #08-005-b
 def _check_parts(recipe):
-    for name, known in dict(features=('grid', 'pooled', 'multiscale', 'projected'), mapper=('linear', 'mlp', 'transformer')).items():
+    for name, known in dict(features=('grid', 'pooled', 'hypercolumn', 'projected'), mapper=('linear', 'mlp', 'transformer')).items():
         if getattr(recipe, name) not in (None, *known): raise ClipcapError(f"{name} '{getattr(recipe, name)}': choose {', '.join(known)}")
     for name, low in dict(image_size=1, text_epochs=0, lora=0, prefix_length=1, mapper_layers=1, mapper_heads=1, dropout=0, reward_steps=0, score_photos=0).items():
         if not (value := getattr(recipe, name)) is None and not value >= low: raise ClipcapError(f'{name} must be at least {low}, not {value}')
@@ -68,7 +68,7 @@ PRESETS = {
         mapper_layers=8, mapper_heads=8, freeze_language=True, epochs=10, batch_size=40, rate=2e-5, warmup=0.035)}
 
 # %% ../nbs/23_recipe.ipynb #08-lstm-b
-_lstm = dict(tower='microsoft/resnet-50', features='pooled', mapper='linear', prefix_length=1, dropout=0.2, epochs=15, batch_size=64, rate=1.5e-3, weight_decay=0.05, label_smoothing=0.1)
+_lstm = dict(tower='microsoft/resnet-50', features='pooled', mapper='linear', prefix_length=1, dropout=0.2, epochs=15, batch_size=64, rate=5e-4, language_rate=1.5e-3, weight_decay=0.05, label_smoothing=0.1)
 PRESETS |= {'show-and-tell': dict(_lstm, language='new-lstm'), 'image-lstm': dict(_lstm, language='new-image-lstm')}
 
 # %% ../nbs/23_recipe.ipynb #08-011
@@ -192,7 +192,9 @@ def reward_captions(
     if (folder/'reward.json').exists(): return
     if not first.exists(): write_folder(first, lambda new: shutil.copytree(best, new, dirs_exist_ok=True))
     before, after = (CaptionModel.from_pretrained(first).to(tower.model.device) for _ in range(2))
-    rewards = self_critical(after, table, store, RewardConfig(steps=recipe.reward_steps, precision='bf16' if recipe.precision == 'bf16' else 'fp32', seed=recipe.seed), folder/'reward.safetensors', progress)
+    own = recipe.language_rate or recipe.rate; pace = RewardConfig().rate/max(own, recipe.rate)   # mapper and language model keep their proportion
+    config = RewardConfig(steps=recipe.reward_steps, rate=pace*recipe.rate, language_rate=pace*own, precision='bf16' if recipe.precision == 'bf16' else 'fp32', seed=recipe.seed)
+    rewards = self_critical(after, table, store, config, folder/'reward.safetensors', progress)
     scores = {share: score(blend(before, after, share)) for share in (0, 0.25, 0.5, 0.75, 1)} if score else {1: None}
     blend(before, after, max(scores, key=lambda share: scores[share] or 0)).save_pretrained(best, tower)
     replace_file(folder/'reward.json', lambda new: new.write_text(json.dumps(dict(scores=scores, rewards=rewards))))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-from .data import ClipcapError, open_image
-from .embed import pixels_of, quiet, read_ahead
+from .data import ClipcapError, open_image, read_ahead
+from .embed import pixels_of, quiet
 
 # %% ../nbs/11_retrieval.ipynb #09-007
 def ranks(
@@ -59,8 +59,6 @@ class TwoTowers:
         def read(source): return pixels_of([open_image(source)], self.processor)[0]
         found = []
         for batch in read_ahead(list(sources), read, batch_size):
-            for _, pixels in batch:
-                if isinstance(pixels, ClipcapError): raise pixels
             found.append(_units(self.model.get_image_features(pixel_values=torch.stack([p for _, p in batch]).to(self.model.device))))
         return np.concatenate(found)
 

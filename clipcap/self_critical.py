@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .embed import FeatureStore
 from .model import CaptionModel, load_checkpoint, save_checkpoint, token_logits
+from .train import TrainConfig, make_optimizer
 
 # %% ../nbs/18_self_critical.ipynb #11-005
 class CiderReward:
@@ -51,6 +52,7 @@ class RewardConfig:
     photos: int = 32       # a step
     samples: int = 5       # captions of each photo
     rate: float = 1.5e-4   # the highest learning rate; it climbs for 20 steps and then falls in a straight line
+    language_rate: float|None = None   # that of the language model; None = the same
     max_length: int = 24   # tokens of a caption
     precision: str = 'fp32'   # or 'bf16', faster where the processor has it
     seed: int = 0          # of photos and dice
@@ -85,14 +87,14 @@ def self_critical(
 ) -> list[float]:          # mean reward of each step's captions
     "Make captions likelier that score better than their siblings"
     from tqdm.auto import trange
-    table = table[table.split == 'train']
-    reward, names, optimizer = CiderReward(table), table.image.unique(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    table = table[table.split == 'train']; reward, names = CiderReward(table), table.image.unique()
+    optimizer = make_optimizer(model, TrainConfig(rate=config.rate, language_rate=config.language_rate, weight_decay=0.0))
     rewards = load_checkpoint(checkpoint, model, optimizer)['rewards'] if checkpoint and checkpoint.exists() else []
     model.eval()                                     # dropout would be dice of another kind,
     model.mapper.dropout.train()                     # but without it on the features, few photos are soon known by heart
     for step in trange(len(rewards), config.steps, disable=not progress):
         torch.manual_seed((dice := np.random.default_rng((config.seed, step))).integers(2**62).item())
-        for group in optimizer.param_groups: group['lr'] = config.rate*min((step + 1)/20, 1 - step/config.steps)
+        for group in optimizer.param_groups: group['lr'] = group['peak']*min((step + 1)/20, 1 - step/config.steps)
         chosen = dice.choice(names, min(config.photos, len(names)), replace=False)
         features = torch.as_tensor(store[store.rows(chosen)].astype(np.float32), device=model.mapper.mean.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=config.precision == 'bf16'): loss, mean = _siblings(model, features, chosen, reward, config)

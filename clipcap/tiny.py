@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from torch import nn
-from .data import ClipcapError, list_images, open_image, read_captions, read_dataset
+from .data import list_images, open_image, read_ahead, read_captions, read_dataset
 from .distill import Distillation, DistillConfig, distill, fit_words, make_student, measure, random_views, see, squash_photos
-from .embed import FeatureStore, VisionTower, embed_images, read_ahead
+from .embed import FeatureStore, VisionTower, embed_images
 from .image import save_image
 from .model import CaptionModel, MapperConfig
 from .self_critical import RewardConfig, self_critical
@@ -76,7 +76,6 @@ def write_views(
     missing = [(path, files) for path, files in zip(photos, views) if not files[-1].exists()]
     for batch in read_ahead(missing, lambda pair: np.asarray(open_image(pair[0]).resize((size, size), 3)), 16):
         for (path, files), pixels in batch:
-            if isinstance(pixels, ClipcapError): raise pixels
             dice = torch.Generator().manual_seed(zlib.crc32(path.name.encode()))
             seen = see(torch.as_tensor(pixels).permute(2, 0, 1).float().expand(times, -1, -1, -1), random_views(times, dice, 0.7), size)
             for file, view in zip(files, seen.permute(0, 2, 3, 1).round().byte().numpy()): save_image(Image.fromarray(view), file)

@@ -49,16 +49,18 @@ def store(work, rows=100_000, cells=49, dim=512):
         print(f'  trained on {len(chosen):,} random rows ({len(chosen)*cells*dim*2/2**20:,.0f} MiB of features): {resident() - before:+.0f} MiB resident', flush=True)
 
 def embed(work):
-    "Embedding a folder of photos: one at a time, in batches with decoding in threads, and the bare forward pass"
-    paths = list_images(draw_dataset(work/'scenes', 256, size=256)/'images'); tower = Captioner('tiny').tower; count = iter(range(100))
-    def one_by_one():
-        for p in paths: tower(tower.preprocess([open_image(p)]))
-    pixels = tower.preprocess([open_image(p) for p in paths])
-    def ours(): embed_images(tower, paths, work/f'features{next(count)}', progress=False)
-    def bare():
-        for start in range(0, 256, 32): tower(pixels[start:start + 32])
-    compare('embedding 256 photos, one at a time -> embed_images', one_by_one, ours)
-    compare('embedding 256 photos, embed_images -> bare forward pass', ours, bare)
+    "Embedding a folder of photos: one at a time, in batches with decoding in threads, and the bare forward pass; with the bundled tower, and with one as large as CLIP ViT-B/32"
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+    scenes, count = list_images(draw_dataset(work/'scenes', 256, size=256)/'images'), iter(range(100))
+    for name, tower, paths in ('the bundled tower', Captioner('tiny').tower, scenes), ("ViT-B/32's size", VisionTower(CLIPVisionModel(CLIPVisionConfig()), CLIPImageProcessorPil(), 'pooled'), scenes[:64]):
+        def one_by_one():
+            for p in paths: tower(tower.preprocess([open_image(p)]))
+        pixels = tower.preprocess([open_image(p) for p in paths])
+        def ours(): embed_images(tower, paths, work/f'features{next(count)}', progress=False)
+        def bare():
+            for start in range(0, len(paths), 32): tower(pixels[start:start + 32])
+        compare(f'embedding {len(paths)} photos, {name}, one at a time -> embed_images', one_by_one, ours)
+        compare(f'embedding {len(paths)} photos, {name}, embed_images -> bare forward pass', ours, bare)
 
 def caption(work):
     "Captioning 64 features with the bundled model: one at a time, and in one batch"

@@ -11,6 +11,7 @@ from clipcap.embed import embed_images
 from clipcap.evaluate import compare, evaluate_captions, measure_variety
 from clipcap.generate import GenerationOptions, generate_captions
 from clipcap.image import find_model, load_tower
+from clipcap.image_lstm import ensemble
 from clipcap.model import CaptionModel
 from clipcap.recipe import read_recipe, train_recipe
 from clipcap.report import write_text
@@ -18,21 +19,33 @@ from clipcap.report import write_text
 SEEN = dict(features='pooled', image_size=224, precision='bf16')
 MLP = SEEN | dict(preset='clipcap-mlp', language='new-gpt', epochs=6, batch_size=128, rate=1.2e-3, warmup=0.05)   # the LM is new, so with a new model's rate
 TELL, LSTM = SEEN | dict(preset='show-and-tell'), SEEN | dict(preset='image-lstm')
+FULL = LSTM | dict(features='hypercolumn', image_size=320, rate=1.5e-4)   # more numbers a photo, so a slower mapper
+BEST = FULL | dict(reward_steps=600)
 ROWS = {
     'Show and Tell': TELL,
     'Show and Tell, rewarded': TELL | dict(reward_steps=300),
     'LSTM, photo at every step': LSTM,
     'LSTM, rewarded': LSTM | dict(reward_steps=300),
+    'LSTM, rewarded, seed 1': LSTM | dict(reward_steps=300, seed=1),
+    'LSTM, rewarded, seed 2': LSTM | dict(reward_steps=300, seed=2),
     'ClipCap MLP': MLP,
     'ClipCap transformer, LM frozen': MLP | dict(preset='clipcap-transformer', text_epochs=2, together=True),
     'MLP, label smoothing': MLP | dict(label_smoothing=0.1),
     'MLP, dropout on features': MLP | dict(dropout=0.3),
+    'MLP, slower mapper': MLP | dict(rate=3e-4, language_rate=1.2e-3),
+    'MLP, LoRA on the LM': MLP | dict(text_epochs=2, lora=16),
+    'grid, transformer mapper': MLP | dict(features='grid', mapper='transformer', mapper_layers=2, mapper_heads=4),
     'MLP, rewarded': MLP | dict(reward_steps=300),
-    'best: LSTM, two scales, rewarded': LSTM | dict(features='multiscale', image_size=384, reward_steps=600),
+    'LSTM, hypercolumn': FULL,
+    'LSTM, hypercolumn, rewarded': BEST,
+    'LSTM, hypercolumn, rewarded, seed 1': BEST | dict(seed=1),
+    'LSTM, hypercolumn, rewarded, seed 2': BEST | dict(seed=2),
+    'best: the last three in one': ('LSTM, hypercolumn, rewarded', 'LSTM, hypercolumn, rewarded, seed 1', 'LSTM, hypercolumn, rewarded, seed 2'),
     'bundled tiny': None}
 
 def command(row):
     "What a reader types to train it"
+    if isinstance(row, tuple): return ' '.join(['clipcap ensemble', *(f'DIR{n}/best' for n in range(len(row))), '--model-out DIR'])
     return 'clipcap train --data DATA --tower TOWER --model-out DIR ' + ' '.join(f"--{k.replace('_', '-')}" + f' {v}'*(v is not True) for k, v in row.items())
 
 @contextmanager
@@ -46,6 +59,9 @@ def spent(file): return float(file.read_text()) if file.exists() else 0.0
 
 def learn(name, data, tower, work):
     "Train the model of a row, unless it is trained, and give its parts: model, features of the photos, minutes (those of the features not counted)"
+    if isinstance(ROWS[name], tuple):
+        models, stores, minutes = zip(*(learn(member, data, tower, work) for member in ROWS[name]))
+        return ensemble(models), stores[0], sum(minutes)
     folder, (table, photos) = work/re.sub(r'\W+', '-', name), read_dataset(data)
     recipe = read_recipe(tower=str(tower), **ROWS[name]) if ROWS[name] else read_recipe()
     seeing, store = load_tower(recipe.tower or find_model('tiny'), recipe.features, recipe.image_size), work/f'features-{recipe.features}-{recipe.image_size}'

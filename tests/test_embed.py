@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import (AutoImageProcessor, AutoModel, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel, Dinov2Config,
     Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, GPT2Config, GPT2Model, MobileNetV2Config, MobileNetV2Model, ResNetConfig,
     ResNetModel, SiglipConfig, SiglipModel, SwinConfig, SwinModel, ViTConfig, ViTForImageClassification, ViTModel)
-from clipcap.data import ClipcapError
-from clipcap.embed import FeatureStore, VisionTower, embed_images, load_vision_model, read_ahead
+from clipcap.data import ClipcapError, read_ahead
+from clipcap.embed import FeatureStore, VisionTower, embed_images, load_vision_model
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
@@ -228,7 +228,7 @@ def test_read_ahead_is_bounded():
         with lock: read.append(source)
         if source == 5: raise ClipcapError('five')
         return -source
-    for n, batch in enumerate(read_ahead(list(range(40)), note, batch_size=4, workers=3)):
+    for n, batch in enumerate(read_ahead(list(range(40)), note, batch_size=4, workers=3, keep_faults=True)):
         time.sleep(0.01)
         assert len(read) <= 4*(n + 3)
         assert [s for s, _ in batch] == list(range(4*n, 4*n + 4)) and all(r == -s or s == 5 for s, r in batch)

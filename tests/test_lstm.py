@@ -5,7 +5,7 @@ from conftest import clipcap, complaint, root
 from clipcap.data import ClipcapError, draw_dataset, read_captions
 from clipcap.evaluate import evaluate_captions
 from clipcap.generate import GenerationOptions, generate_captions, score_captions
-from clipcap.image_lstm import photo_influence, temperature_study
+from clipcap.image_lstm import ensemble, photo_influence, temperature_study
 from clipcap.model import CaptionModel, MapperConfig, encode, pad, token_logits
 from clipcap.recipe import NEW, new_language
 from clipcap.show_and_tell import LSTMLanguage, Vocabulary, coverage, load_vocabulary, make_lstm, split_words, word_tokenizer
@@ -217,3 +217,23 @@ def test_tensorboard_has_captions_and_words(trained):
     assert [e.step for e in events.Images('captions')] == [1, 2] == [e.step for e in events.Tensors('captions/text_summary')]
     assert len(events.Scalars('val_loss')) == 2
     assert "'<end>'" in (trained/'run'/'clipcap'/'00000'/'words'/'metadata.tsv').read_text() and (trained/'run'/'clipcap'/'projector_config.pbtxt').exists()
+
+# ---- several as one
+@both
+def test_an_ensemble_expects_the_mean(every, tmp_path):
+    models = [make(every, seed) for seed in range(3)]
+    for seed, model in enumerate(models): model.mapper.mean.copy_(torch.randn(6)); model.mapper.std.copy_(torch.rand(6) + 0.5)
+    ensemble(models).save_pretrained(tmp_path/'three')
+    three, seen = CaptionModel.from_pretrained(tmp_path/'three'), photos(5)
+    ids, mask = torch.randint(4, 12, (5, 7)), torch.ones(5, 7, dtype=torch.long)
+    mean = sum(token_logits(model, seen, ids, mask) for model in models)/3
+    torch.testing.assert_close(token_logits(three, seen, ids, mask), mean, atol=1e-4, rtol=1e-4)
+    assert mean.std() > 0.1 and three.language.config.hidden_size == 48
+    twice = ensemble([models[0]]*2)
+    assert generate_captions(twice, seen, GenerationOptions(beams=3)) == generate_captions(models[0], seen, GenerationOptions(beams=3))
+
+def test_what_does_not_fit_is_not_joined():
+    with pytest.raises(ClipcapError, match='train them alike'): ensemble([make(True), make(False)])
+    wide = CaptionModel(make_lstm(words, True, hidden_size=16), words, MapperConfig('linear', feature_dim=7, prefix_length=1))
+    with pytest.raises(ClipcapError, match='train them alike'): ensemble([make(True), wide])
+    with pytest.raises(ClipcapError, match='linear mapper'): ensemble([CaptionModel(make_lstm(words, True, hidden_size=16), words, MapperConfig('mlp', feature_dim=6, prefix_length=1))])
