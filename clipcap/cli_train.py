@@ -67,7 +67,7 @@ SETTINGS = dict(   # type, default as shown, help
     warmup=(float, '0.1', 'Share of the steps in which the rate climbs.'), weight_decay=(float, '0.01', 'Pull of matrices towards zero.'), clip=(float, '1.0', 'Longest gradient allowed.'),
     label_smoothing=(float, '0.0', 'Share of each target that is spread over all tokens.'), max_tokens=(int, '40', 'Longer captions are cut.'),
     precision=(Literal['fp32', 'bf16', 'fp16'], 'fp32', 'bf16 is faster on most GPUs.'), patience=(int, '0', 'Stop after so many epochs without a better one; 0 = never.'),
-    reward_steps=(int, '0', 'Self-critical steps after the epochs: whole captions, rewarded by their CIDEr.'),
+    reward_steps=(int, '0', 'Self-critical steps after the epochs: whole captions, rewarded by their CIDEr.'), reward_dropout=(float, '', 'Share of the feature that is dropped in these steps.'),
     together=(bool, '', 'All captions of a photo in one batch, so that the mapper works once for them: faster with a large mapper.'), score_photos=(int, '200', 'Validation photos captioned after each epoch for CIDEr; 0 = the loss tells which epoch is best.'), seed=(int, '0', 'Of batches and dropout.'), save_every=(int, '200', 'Steps between checkpoints.'))
 
 def with_settings(command):   # whose last argument is **settings
@@ -112,9 +112,9 @@ def train(data: Annotated[Path, typer.Option(metavar='FOLDER', help='A data set:
 def ensemble(models: Annotated[list[str], typer.Argument(metavar='MODEL...', help='Captioners of --preset show-and-tell or image-lstm, each with another --seed.', show_default=False)],
              model_out: Annotated[Path, typer.Option(metavar='DIR', help='Gets the model.', show_default=False)]):
     "Make one captioner of several LSTMs: it expects what they expect on average."
-    from clipcap import image, image_lstm, model
+    from clipcap import data, image, image_lstm, model
     folders = [image.find_model(name) for name in models]
     towers = [image.load_tower(folder, device='cpu') for folder in folders]
-    if other := [name for name, tower in zip(models, towers) if tower.fingerprint != towers[0].fingerprint]: raise typer.BadParameter(f'{other[0]} sees with another tower than {models[0]}')
+    if other := [name for name, tower in zip(models, towers) if tower.fingerprint != towers[0].fingerprint]: raise data.ClipcapError(f'{other[0]} sees with another tower than {models[0]}: train them alike')
     image_lstm.ensemble([model.CaptionModel.from_pretrained(folder) for folder in folders]).save_pretrained(model_out, towers[0])
     typer.echo(f'Now try: clipcap caption photo.jpg --model {model_out}')

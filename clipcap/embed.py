@@ -61,7 +61,7 @@ def hypercolumn(
     "The pooled vector, then spread and mean of each channel at three depths"
     _, pooled, seen = look(model, pixels, output_hidden_states=True)
     layers = [seen.hidden_states[round(depth*(len(seen.hidden_states) - 1))].float() for depth in (0.6, 0.8, 1)]   # (B, C, rows, columns) or (B, tokens, C)
-    return torch.cat([pooled, *(s for h in layers for s in torch.std_mean(h, (2, 3) if h.ndim == 4 else 1))], 1)
+    return torch.cat([pooled, *(s for h in layers for s in torch.std_mean(h, (2, 3) if h.ndim == 4 else 1, correction=0))], 1)
 
 # %% ../nbs/01_embed.ipynb #01-012
 @torch.no_grad()

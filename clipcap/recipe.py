@@ -43,6 +43,7 @@ class Recipe(TrainConfig):
     mapper_heads: int = 8          # of a transformer
     dropout: float|None = None     # on the features; None = as the model has it, or 0
     reward_steps: int = 0          # self-critical steps after the epochs: whole captions, rewarded by their CIDEr
+    reward_dropout: float|None = None   # on the features, in these steps; None = as in the epochs
     score_photos: int = 200        # validation photos captioned after each epoch for CIDEr; 0 = the loss tells which epoch is best
 
     def __post_init__(self): super().__post_init__(); _check_parts(self)
@@ -51,7 +52,7 @@ class Recipe(TrainConfig):
 def _check_parts(recipe):
     for name, known in dict(features=('grid', 'pooled', 'hypercolumn', 'projected'), mapper=('linear', 'mlp', 'transformer')).items():
         if getattr(recipe, name) not in (None, *known): raise ClipcapError(f"{name} '{getattr(recipe, name)}': choose {', '.join(known)}")
-    for name, low in dict(image_size=1, text_epochs=0, lora=0, prefix_length=1, mapper_layers=1, mapper_heads=1, dropout=0, reward_steps=0, score_photos=0).items():
+    for name, low in dict(image_size=1, text_epochs=0, lora=0, prefix_length=1, mapper_layers=1, mapper_heads=1, dropout=0, reward_steps=0, reward_dropout=0, score_photos=0).items():
         if not (value := getattr(recipe, name)) is None and not value >= low: raise ClipcapError(f'{name} must be at least {low}, not {value}')
     if recipe.text_epochs and recipe.language not in NEW: raise ClipcapError(f"text_epochs: for a new language model ({', '.join(NEW)}) alone; '{recipe.language or recipe.model}' can write")
     if recipe.lora and recipe.freeze_language: raise ClipcapError('lora and freeze_language: choose one, for LoRA freezes all but its own matrices')
@@ -193,7 +194,7 @@ def reward_captions(
     if not first.exists(): write_folder(first, lambda new: shutil.copytree(best, new, dirs_exist_ok=True))
     before, after = (CaptionModel.from_pretrained(first).to(tower.model.device) for _ in range(2))
     own = recipe.language_rate or recipe.rate; pace = RewardConfig().rate/max(own, recipe.rate)   # mapper and language model keep their proportion
-    config = RewardConfig(steps=recipe.reward_steps, rate=pace*recipe.rate, language_rate=pace*own, precision='bf16' if recipe.precision == 'bf16' else 'fp32', seed=recipe.seed)
+    config = RewardConfig(steps=recipe.reward_steps, rate=pace*recipe.rate, language_rate=pace*own, dropout=recipe.reward_dropout, precision='bf16' if recipe.precision == 'bf16' else 'fp32', seed=recipe.seed)
     rewards = self_critical(after, table, store, config, folder/'reward.safetensors', progress)
     scores = {share: score(blend(before, after, share)) for share in (0, 0.25, 0.5, 0.75, 1)} if score else {1: None}
     blend(before, after, max(scores, key=lambda share: scores[share] or 0)).save_pretrained(best, tower)

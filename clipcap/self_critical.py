@@ -53,6 +53,7 @@ class RewardConfig:
     samples: int = 5       # captions of each photo
     rate: float = 1.5e-4   # the highest learning rate; it climbs for 20 steps and then falls in a straight line
     language_rate: float|None = None   # that of the language model; None = the same
+    dropout: float|None = None         # on the features; None = as the model was trained with
     max_length: int = 24   # tokens of a caption
     precision: str = 'fp32'   # or 'bf16', faster where the processor has it
     seed: int = 0          # of photos and dice
@@ -90,8 +91,8 @@ def self_critical(
     table = table[table.split == 'train']; reward, names = CiderReward(table), table.image.unique()
     optimizer = make_optimizer(model, TrainConfig(rate=config.rate, language_rate=config.language_rate, weight_decay=0.0))
     rewards = load_checkpoint(checkpoint, model, optimizer)['rewards'] if checkpoint and checkpoint.exists() else []
-    model.eval()                                     # dropout would be dice of another kind,
-    model.mapper.dropout.train()                     # but without it on the features, few photos are soon known by heart
+    model.eval()   # dropout would be dice of another kind, but without it on the features few photos are soon known by heart
+    model.mapper.dropout.train().p = model.config.dropout if config.dropout is None else config.dropout
     for step in trange(len(rewards), config.steps, disable=not progress):
         torch.manual_seed((dice := np.random.default_rng((config.seed, step))).integers(2**62).item())
         for group in optimizer.param_groups: group['lr'] = group['peak']*min((step + 1)/20, 1 - step/config.steps)
@@ -101,7 +102,7 @@ def self_critical(
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0); optimizer.step(); rewards.append(mean)
         if checkpoint and (len(rewards) % config.save_every == 0 or len(rewards) == config.steps): save_checkpoint(checkpoint, model, optimizer, dict(rewards=rewards))
-    return rewards
+    model.mapper.dropout.p = model.config.dropout; return rewards
 
 # %% ../nbs/18_self_critical.ipynb #11-019
 def blend(

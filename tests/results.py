@@ -20,7 +20,7 @@ SEEN = dict(features='pooled', image_size=224, precision='bf16')
 MLP = SEEN | dict(preset='clipcap-mlp', language='new-gpt', epochs=6, batch_size=128, rate=1.2e-3, warmup=0.05)   # the LM is new, so with a new model's rate
 TELL, LSTM = SEEN | dict(preset='show-and-tell'), SEEN | dict(preset='image-lstm')
 FULL = LSTM | dict(features='hypercolumn', image_size=320, rate=1.5e-4)   # more numbers a photo, so a slower mapper
-BEST = FULL | dict(reward_steps=600)
+BEST = FULL | dict(reward_steps=600, reward_dropout=0.5)
 ROWS = {
     'Show and Tell': TELL,
     'Show and Tell, rewarded': TELL | dict(reward_steps=300),

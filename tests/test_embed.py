@@ -107,6 +107,16 @@ def test_image_size(name, folders):
     own = VisionTower.from_pretrained(folders[name], 'grid', device='cpu').preprocess([Image.new('RGB', (64, 64), c) for c in ('black', 'white')])
     torch.testing.assert_close(ends[:, :, 48, 48], own[:, :, 32, 32])   # the same arithmetic
 
+@pytest.mark.parametrize('name', families)
+def test_hypercolumn(name, folders):
+    column, pooled = (VisionTower.from_pretrained(folders[name], kind, image_size=96, device='cpu') for kind in ('hypercolumn', 'pooled'))
+    pixels = column.preprocess([picture(1), picture(2, (60, 90))])
+    seen, alone = column(pixels), (pooled(pixels) + pooled(pixels.flip(3)))[:, 0]/2
+    assert seen.shape == (2, 1, column.dim) and column.dim > 2*pooled.dim and seen.isfinite().all()
+    torch.testing.assert_close(seen[:, 0, :pooled.dim], alone)
+    torch.testing.assert_close(column(pixels.flip(3)), seen, atol=1e-4, rtol=1e-3)   # the mirror image has the same one
+    torch.testing.assert_close(column(pixels[1:]), seen[1:], atol=1e-4, rtol=1e-3)
+
 def test_grids_are_averaged_down_and_registers_left_out(folders):
     tower = VisionTower.from_pretrained(folders['registers'], 'grid', image_size=256, device='cpu')   # 16 x 16 patches, 1 class token, 4 registers
     pixels = tower.preprocess([picture(3)])

@@ -3,6 +3,7 @@ import json, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
 from conftest import clipcap, complaint, root
 from clipcap.data import ClipcapError, draw_dataset, read_captions
+from clipcap.embed import VisionTower
 from clipcap.evaluate import evaluate_captions
 from clipcap.generate import GenerationOptions, generate_captions, score_captions
 from clipcap.image_lstm import ensemble, photo_influence, temperature_study
@@ -237,3 +238,11 @@ def test_what_does_not_fit_is_not_joined():
     wide = CaptionModel(make_lstm(words, True, hidden_size=16), words, MapperConfig('linear', feature_dim=7, prefix_length=1))
     with pytest.raises(ClipcapError, match='train them alike'): ensemble([make(True), wide])
     with pytest.raises(ClipcapError, match='linear mapper'): ensemble([CaptionModel(make_lstm(words, True, hidden_size=16), words, MapperConfig('mlp', feature_dim=6, prefix_length=1))])
+
+def test_ensemble_in_the_shell(trained, tmp_path):
+    pictures, best = sorted((trained/'scenes'/'images').iterdir())[:3], trained/'run'/'best'
+    clipcap('ensemble', best, best, '--model-out', tmp_path/'both')
+    assert clipcap('caption', *pictures, '--model', tmp_path/'both', '--device', 'cpu') == clipcap('caption', *pictures, '--model', best, '--device', 'cpu')   # twice the same, the same
+    CaptionModel.from_pretrained(best).save_pretrained(tmp_path/'other', VisionTower.from_pretrained(best/'vision', 'pooled', 96, 'cpu'))
+    assert 'sees with another tower' in complaint('ensemble', best, tmp_path/'other', '--model-out', tmp_path/'none')
+    assert not (tmp_path/'none').exists()

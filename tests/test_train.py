@@ -152,6 +152,12 @@ def test_tensorboard(tmp_path):
     assert not list(tmp_path.with_name('none').rglob('events*'))
 
 # ---- whole captions
+def test_rates_of_their_own_and_dropout_in_self_critical_steps():
+    model = fresh(); before = {name: p.clone() for name, p in model.named_parameters()}
+    self_critical(model, table[:600], Store(), RewardConfig(steps=3, photos=4, samples=3, rate=0, language_rate=1e-2, dropout=0.5, max_length=6), progress=False)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith('language.') for name in moved) and model.mapper.dropout.p == model.config.dropout
+
 def test_self_critical_steps_go_on_where_they_were_killed(tmp_path, monkeypatch):
     config = RewardConfig(steps=7, photos=8, samples=3, rate=1e-2, max_length=6, save_every=2)
     praise = lambda model, checkpoint: self_critical(model, table[:600], Store(), config, checkpoint, progress=False)
