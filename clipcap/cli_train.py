@@ -37,7 +37,7 @@ def data(
 # %% ../nbs/27_cli_train.ipynb #15-026
 Tower = Annotated[str|None, typer.Option(help='A vision model, by folder or name on the Hub, or a caption model whose tower is meant. That of the bundled model where none is given.', show_default=False)]
 Kinds = Literal['grid', 'pooled', 'hypercolumn', 'projected']   # of features
-Features = Annotated[Kinds|None, typer.Option(help='What to keep of what the tower sees; hypercolumn: pooled, and three depths, at two sizes; projected: CLIP only.', show_default=False)]
+Features = Annotated[Kinds|None, typer.Option(help='What to keep of what the tower sees; hypercolumn: pooled at two sizes, and three depths; projected: CLIP only.', show_default=False)]
 ImageSize = Annotated[int|None, typer.Option(min=1, help='Squash photos to this many pixels a side, instead of what the tower does by itself.', show_default=False)]
 
 @app.command()
@@ -58,7 +58,7 @@ def embed(
 # %% ../nbs/27_cli_train.ipynb #15-028
 SETTINGS = dict(   # type, default as shown, help
     model=(str, 'tiny', 'The caption model to go on from; it lends the parts that are not named.'), tower=(str, '', 'Another vision tower: folder, or name on the Hub.'),
-    features=(Kinds, '', 'What to keep of what the tower sees; hypercolumn: pooled, and three depths, at two sizes; projected: CLIP only.'), image_size=(int, '', 'Squash photos to this many pixels a side.'),
+    features=(Kinds, '', 'What to keep of what the tower sees; hypercolumn: pooled at two sizes, and three depths; projected: CLIP only.'), image_size=(int, '', 'Squash photos to this many pixels a side.'),
     language=(str, '', 'Another language model: folder or name of a causal LM of transformers; new-lstm, new-image-lstm, new-gpt: made from your captions.'), text_epochs=(int, '0', 'Passes of a new language model over the captions alone, before it meets photos.'), freeze_language=(bool, '', 'Train the mapper alone.'),
     lora=(int, '0', 'Rank of thin matrices that learn instead of the language model (needs peft); 0 = none.'), mapper=(Literal['linear', 'mlp', 'transformer'], '', 'A new mapper; mlp where tower or language model are new.'),
     prefix_length=(int, '', 'Prefix length of a new mapper, for pooled features or a transformer.'), mapper_layers=(int, '8', 'Layers of a transformer mapper.'), mapper_heads=(int, '8', 'Heads of a transformer mapper.'),

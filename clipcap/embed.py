@@ -76,8 +76,8 @@ def features_of(
     if features not in kinds: raise ClipcapError(f"features '{features}': {type(model).__name__} has {', '.join(kinds)}; choose one of them")
     try:
         if features == 'hypercolumn':
-            sizes = pixels, F.interpolate(pixels, [round(0.6*side) for side in pixels.shape[2:]], mode='bicubic', antialias=True)
-            return torch.cat([(hypercolumn(see, p) + hypercolumn(see, p.flip(3)))/2 for p in sizes], 1)[:, None]
+            small = F.interpolate(pixels, [round(0.6*side) for side in pixels.shape[2:]], mode='bicubic', antialias=True)
+            return torch.cat([look(see, pixels)[1], (hypercolumn(see, small) + hypercolumn(see, small.flip(3)))/2], 1)[:, None]
         grid, pooled, _ = look(see, pixels)
     except TypeError as error: raise ClipcapError(f'{type(model).__name__} wants more than photos ({error}): choose another model') from error
     if features != 'grid': return (model.visual_projection(pooled) if features == 'projected' else pooled)[:, None]
