@@ -179,6 +179,11 @@ def cider_score(
     return score
 
 # %% ../nbs/23_recipe.ipynb #08-reward-b
+def _distances(score):   # share of the way -> its score, for all that were tried
+    tried = {share: score(share) for share in (0, 0.25, 0.5, 0.75, 1)}
+    best = max(tried, key=tried.get)
+    return dict(sorted((tried | {share: score(share) for share in (best - 0.125, best + 0.125) if 0 < share < 1}).items()))
+
 def reward_captions(
     recipe: Recipe,       # reward_steps, precision, seed
     table: pd.DataFrame,  # image, caption, split
@@ -196,7 +201,7 @@ def reward_captions(
     own = recipe.language_rate or recipe.rate; pace = RewardConfig().rate/max(own, recipe.rate)   # mapper and language model keep their proportion
     config = RewardConfig(steps=recipe.reward_steps, rate=pace*recipe.rate, language_rate=pace*own, dropout=recipe.reward_dropout, precision='bf16' if recipe.precision == 'bf16' else 'fp32', seed=recipe.seed)
     rewards = self_critical(after, table, store, config, folder/'reward.safetensors', progress)
-    scores = {share: score(blend(before, after, share)) for share in (0, 0.25, 0.5, 0.75, 1)} if score else {1: None}
+    scores = _distances(lambda share: score(blend(before, after, share))) if score else {1: None}
     blend(before, after, max(scores, key=lambda share: scores[share] or 0)).save_pretrained(best, tower)
     replace_file(folder/'reward.json', lambda new: new.write_text(json.dumps(dict(scores=scores, rewards=rewards))))
 
