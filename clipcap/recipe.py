@@ -52,10 +52,10 @@ class Recipe(TrainConfig):
 def _check_parts(recipe):
     for name, known in dict(features=('grid', 'pooled', 'hypercolumn', 'projected'), mapper=('linear', 'mlp', 'transformer')).items():
         if getattr(recipe, name) not in (None, *known): raise ClipcapError(f"{name} '{getattr(recipe, name)}': choose {', '.join(known)}")
-    for name, low in dict(image_size=1, text_epochs=0, lora=0, prefix_length=1, mapper_layers=1, mapper_heads=1, dropout=0, reward_steps=0, reward_dropout=0, score_photos=0).items():
+    for name, low in dict(image_size=1, text_epochs=0, lora=0, prefix_length=1, mapper_layers=1, mapper_heads=1, reward_steps=0, score_photos=0).items():
         if not (value := getattr(recipe, name)) is None and not value >= low: raise ClipcapError(f'{name} must be at least {low}, not {value}')
     for name in ('dropout', 'reward_dropout'):
-        if (getattr(recipe, name) or 0) >= 1: raise ClipcapError(f'{name} must be below 1, not {getattr(recipe, name)}')
+        if not 0 <= (getattr(recipe, name) or 0) < 1: raise ClipcapError(f'{name} must be from 0 to below 1, not {getattr(recipe, name)}')
     if recipe.text_epochs and recipe.language not in NEW: raise ClipcapError(f"text_epochs: for a new language model ({', '.join(NEW)}) alone; '{recipe.language or recipe.model}' can write")
     if recipe.lora and recipe.freeze_language: raise ClipcapError('lora and freeze_language: choose one, for LoRA freezes all but its own matrices')
 

@@ -25,7 +25,7 @@ def test_later_settings_win(tmp_path):
     assert (read_recipe(file=file).rate, read_recipe(file=file, epochs=4).epochs, read_recipe(file=file).prefix_length) == (1e-4, 4, 10)
     assert read_recipe('small', file).prefix_length == 4
 
-@pytest.mark.parametrize('text', ['epoch: 3', 'epochs: many', 'epochs: 2.5', 'freeze_language: 1', 'rate: [1]', 'epochs: null', '- epochs', 'a: b: c', 'preset: medium', '1: 2', 'warmup: 1', 'dropout: 1', 'reward_dropout: 1.5'])
+@pytest.mark.parametrize('text', ['epoch: 3', 'epochs: many', 'epochs: 2.5', 'freeze_language: 1', 'rate: [1]', 'epochs: null', '- epochs', 'a: b: c', 'preset: medium', '1: 2', 'warmup: 1', 'dropout: 1', 'reward_dropout: 1.5', 'dropout: -0.1'])
 def test_bad_files_are_refused_in_one_line(tmp_path, text):
     (tmp_path/'r.yaml').write_text(text)
     with pytest.raises(ClipcapError) as refused: read_recipe(file=tmp_path/'r.yaml')
