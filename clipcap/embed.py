@@ -15,8 +15,7 @@ from huggingface_hub import constants, get_session, utils as hub
 from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor
-from transformers.utils import logging
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, logging
 from .data import ClipcapError, open_image, read_ahead
 
 # %% ../nbs/01_embed.ipynb #01-005
@@ -24,9 +23,10 @@ def pixels_of(
     photos: list[Image.Image],  # RGB
     processor,                  # an image processor of transformers
     image_size: int=None,       # squash to image_size x image_size; None = resize and crop as the processor does
+    scale: bool=True,           # False: leave the pixels as bytes
 ) -> torch.Tensor:              # (B, 3, H, W) float32, around zero; ClipcapError where their sizes differ
     "Photos as a tower takes them: the numbers of its processor, the same for a photo alone and among others"
-    made, steps = [], dict(do_resize=False, do_center_crop=False) if image_size else {}
+    made, steps = [], (dict(do_resize=False, do_center_crop=False) if image_size else {}) | ({} if scale else dict(do_rescale=False, do_normalize=False))
     for photo in photos:
         (w, h), longest = photo.size, 20*min(photo.size)
         x, y = max(0, w - longest)//2, max(0, h - longest)//2   # of a strip only the middle is seen; the whole, enlarged, would fill the memory
@@ -35,6 +35,12 @@ def pixels_of(
         made.append(processor(images=[photo], return_tensors='np', **steps)['pixel_values'][0])
     if len({array.shape for array in made}) > 1: raise ClipcapError(f'{type(processor).__name__} leaves photos in sizes of their own: give image_size')
     return torch.from_numpy(np.stack(made))
+
+def _scale(processor):   # a straight line for each channel: the number of black, the step from byte to byte; None for a processor that does more than that
+    photos = [Image.new('RGB', (32, 32)), Image.new('RGB', (32, 32), 'white'), Image.fromarray(np.arange(3072).astype(np.uint8).reshape(32, 32, 3))]
+    (black, white, some), bytes = pixels_of(photos, processor, 32), pixels_of(photos, processor, 32, scale=False)[2]
+    black, step = black[:, :1, :1], (white - black)[:, :1, :1]/255
+    return (black, step) if bytes.shape == some.shape and torch.allclose(black + step*bytes, some, atol=1e-5) else None
 
 # %% ../nbs/01_embed.ipynb #01-008
 def look(
@@ -155,12 +161,13 @@ class VisionTower:
         max_cells: int=49,     # a larger grid is averaged down to a square of so many cells
     ):
         self.model, self.processor = model.eval().to(memory_format=torch.channels_last), processor
-        self.features, self.image_size, self.max_cells = features, image_size, max_cells
+        self.features, self.image_size, self.max_cells, self.scale = features, image_size, max_cells, _scale(processor)
         self.cells, self.dim = self(self.preprocess([Image.new('RGB', (64, 48)), Image.new('RGB', (48, 64))])).shape[1:]
         self.fingerprint = fingerprint(self)
-    def preprocess(self, photos: list):   # PIL images, RGB -> (B, 3, H, W)
-        return pixels_of(photos, self.processor, self.image_size)
-    def __call__(self, pixels: torch.Tensor):   # (B, 3, H, W) -> (B, cells, dim), on the model's device
+    def preprocess(self, photos: list):   # PIL images, RGB -> (B, 3, H, W), bytes where the tower can scale them itself
+        return pixels_of(photos, self.processor, self.image_size, scale=self.scale is None)
+    def __call__(self, pixels: torch.Tensor):   # from `preprocess` -> (B, cells, dim), on the model's device
+        if self.scale: black, step = (t.to(self.model.device) for t in self.scale); pixels = black + step*pixels.to(black.device)   # a whole batch at once
         return features_of(self.model, pixels, self.features, self.max_cells)
     def describe(self): return dict(name=self.model.name_or_path or type(self.model).__name__, features=self.features, dim=self.dim, cells=self.cells, image_size=self.image_size)
     def save_pretrained(self, folder: str|Path):   # as transformers does; features and image_size are asked for again at loading

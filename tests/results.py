@@ -26,6 +26,8 @@ ROWS = {
     'Show and Tell, rewarded': TELL | dict(reward_steps=300),
     'LSTM, photo at every step': LSTM,
     'LSTM, rewarded': LSTM | dict(reward_steps=300),
+    'LSTM, rewarded, seed 1': LSTM | dict(reward_steps=300, seed=1),
+    'LSTM, rewarded, seed 2': LSTM | dict(reward_steps=300, seed=2),
     'LSTM, hypercolumn': FULL,
     'LSTM, hypercolumn, seed 1': FULL | dict(seed=1),
     'LSTM, hypercolumn, seed 2': FULL | dict(seed=2),

@@ -9,7 +9,7 @@ from transformers import (AutoImageProcessor, AutoModel, CLIPConfig, CLIPModel, 
     Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, GPT2Config, GPT2Model, MobileNetV2Config, MobileNetV2Model, ResNetConfig,
     ResNetModel, SiglipConfig, SiglipModel, SwinConfig, SwinModel, ViTConfig, ViTForImageClassification, ViTModel)
 from clipcap.data import ClipcapError, read_ahead
-from clipcap.embed import FeatureStore, VisionTower, embed_images, load_vision_model
+from clipcap.embed import FeatureStore, VisionTower, embed_images, load_vision_model, pixels_of
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
@@ -79,11 +79,10 @@ def test_family(name, folders, capfd):
     capfd.readouterr()
     towers = {kind: VisionTower.from_pretrained(folders[name], kind, device='cpu') for kind in ('pooled', 'grid')}
     assert capfd.readouterr() == ('', ''), 'loading is silent'
-    pixels = towers['grid'].preprocess([picture(1), picture(2, (60, 90))])
-    theirs = AutoImageProcessor.from_pretrained(folders[name], backend='pil')
-    assert np.array_equal(pixels, np.stack([theirs(images=[p])['pixel_values'][0] for p in (picture(1), picture(2, (60, 90)))]))
+    pictures, processor = [picture(1), picture(2, (60, 90))], AutoImageProcessor.from_pretrained(folders[name], backend='pil')
+    pixels, theirs = towers['grid'].preprocess(pictures), torch.from_numpy(np.stack([processor(images=[p])['pixel_values'][0] for p in pictures]))
     with torch.no_grad():
-        seen = (original.vision_model if name in ('clip', 'siglip') else original)(pixel_values=pixels)
+        seen = (original.vision_model if name in ('clip', 'siglip') else original)(pixel_values=theirs)
     torch.testing.assert_close(towers['pooled'](pixels)[:, 0], seen.pooler_output.flatten(1))
     grid, hidden, cells = towers['grid'](pixels), seen.last_hidden_state, families[name][3]
     assert grid.shape == (2, cells, hidden.shape[1 if hidden.ndim == 4 else 2]) == (2, towers['grid'].cells, towers['grid'].dim)
@@ -92,7 +91,7 @@ def test_family(name, folders, capfd):
     torch.testing.assert_close(grid, hidden[:, -cells:])
     if name == 'clip':
         projected = VisionTower.from_pretrained(folders[name], 'projected', device='cpu')
-        torch.testing.assert_close(projected(pixels)[:, 0], original.get_image_features(pixel_values=pixels).pooler_output)
+        torch.testing.assert_close(projected(pixels)[:, 0], original.get_image_features(pixel_values=theirs).pooler_output)
         assert not any('text' in key for key in projected.model.state_dict())
     else:
         with refuses("'projected'", 'pooled, grid'): VisionTower.from_pretrained(folders[name], 'projected')
@@ -103,8 +102,7 @@ def test_image_size(name, folders):
     pixels = tower.preprocess([picture(1), picture(2, (60, 90))])
     assert pixels.shape == (2, 3, 96, 96) and torch.equal(pixels[1:], tower.preprocess([picture(2, (60, 90))]))
     assert tower(pixels).shape == (2, tower.cells, tower.dim) and tower.describe()['image_size'] == 96
-    ends = tower.preprocess([Image.new('RGB', (30, 9), c) for c in ('black', 'white')])
-    own = VisionTower.from_pretrained(folders[name], 'grid', device='cpu').preprocess([Image.new('RGB', (64, 64), c) for c in ('black', 'white')])
+    ends, own = (pixels_of([Image.new('RGB', (64, 64), c) for c in ('black', 'white')], tower.processor, size) for size in (96, None))
     torch.testing.assert_close(ends[:, :, 48, 48], own[:, :, 32, 32])   # the same arithmetic
 
 @pytest.mark.parametrize('name', families)
@@ -120,7 +118,7 @@ def test_hypercolumn(name, folders):
 def test_grids_are_averaged_down_and_registers_left_out(folders):
     tower = VisionTower.from_pretrained(folders['registers'], 'grid', image_size=256, device='cpu')   # 16 x 16 patches, 1 class token, 4 registers
     pixels = tower.preprocess([picture(3)])
-    with torch.no_grad(): patches = tower.model(pixel_values=pixels).last_hidden_state[:, 5:].transpose(1, 2).unflatten(2, (16, 16))
+    with torch.no_grad(): patches = tower.model(pixel_values=pixels_of([picture(3)], tower.processor, 256)).last_hidden_state[:, 5:].transpose(1, 2).unflatten(2, (16, 16))
     torch.testing.assert_close(tower(pixels), torch.nn.functional.adaptive_avg_pool2d(patches, 7).flatten(2).transpose(1, 2))
     assert VisionTower.from_pretrained(folders['registers'], 'grid', image_size=256, max_cells=20, device='cpu').cells == 16
 
@@ -129,7 +127,7 @@ def test_what_was_never_trained_is_not_used(tmp_path):
     model = ViTForImageClassification(ViTConfig(**sees)).eval()
     tower = VisionTower.from_pretrained(write_tower(tmp_path/'vit', model, 'ViTImageProcessor', square), 'pooled', device='cpu')
     pixels = tower.preprocess([picture(1)])
-    with torch.no_grad(): torch.testing.assert_close(tower(pixels)[:, 0], model.vit(pixel_values=pixels).last_hidden_state[:, 0])
+    with torch.no_grad(): torch.testing.assert_close(tower(pixels)[:, 0], model.vit(pixel_values=pixels_of([picture(1)], tower.processor)).last_hidden_state[:, 0])
     tower.save_pretrained(tmp_path/'again')
     assert VisionTower.from_pretrained(tmp_path/'again', device='cpu').fingerprint == tower.fingerprint
     half = write_tower(tmp_path/'half', CLIPVisionModel(CLIPVisionConfig(**sees)), 'CLIPImageProcessor', cropped)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 from clipcap.data import ClipcapError
+from clipcap.embed import pixels_of
 from clipcap.generate import GenerationOptions, PublishedDecoding, clip_gpt_tokens, clipcap_tokens, generate_captions
 from clipcap.pretrained import CHECKPOINTS, Checkpoint, convert, fetch, find_published, known_models, load_published, open_captioner, read_checkpoint
 
@@ -235,7 +236,7 @@ def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_
     tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=2, num_attention_heads=width//64 or 1, image_size=224, patch_size=patch)).eval()
     getattr(tower, 'vision_model', tower).load_state_dict(part({n: w for n, w in weights.items() if 'position_ids' not in n}, 'ie.model.'))
     with torch.inference_mode():
-        pixels = captioner.tower.preprocess(photos)
+        pixels = pixels_of(photos, captioner.tower.processor)
         seen = tower(pixel_values=pixels).pooler_output
         expected = [published_clip_gpt(weights, gpt, x) for x in seen]
     assert pixels.shape == (2, 3, 224, 224)
