@@ -68,7 +68,7 @@ SETTINGS = dict(   # type, default as shown, help
     label_smoothing=(float, '0.0', 'Share of each target that is spread over all tokens.'), max_tokens=(int, '40', 'Longer captions are cut.'),
     precision=(Literal['fp32', 'bf16', 'fp16'], 'fp32', 'bf16 is faster on most GPUs.'), patience=(int, '0', 'Stop after so many epochs without a better one; 0 = never.'),
     reward_steps=(int, '0', 'Self-critical steps after the epochs: whole captions, rewarded by their CIDEr.'), reward_dropout=(float, '', 'Share of the feature that is dropped in these steps.'),
-    together=(bool, '', 'All captions of a photo in one batch, so that the mapper works once for them: faster with a large mapper.'), score_photos=(int, '200', 'Validation photos captioned after each epoch for CIDEr; 0 = the loss tells which epoch is best.'), seed=(int, '0', 'Of batches and dropout.'), save_every=(int, '200', 'Steps between checkpoints.'))
+    together=(bool, '', 'All captions of a photo in one batch, so that the mapper works once for them: faster with a large mapper.'), score_photos=(int, '1000', 'Validation photos captioned after each epoch for CIDEr; 0 = the loss tells which epoch is best.'), seed=(int, '0', 'Of batches and dropout.'), save_every=(int, '200', 'Steps between checkpoints.'))
 
 def with_settings(command):   # whose last argument is **settings
     "The command with an option for each setting of a recipe, None where it is not given"

@@ -44,7 +44,7 @@ class Recipe(TrainConfig):
     dropout: float|None = None     # on the features; None = as the model has it, or 0
     reward_steps: int = 0          # self-critical steps after the epochs: whole captions, rewarded by their CIDEr
     reward_dropout: float|None = None   # on the features, in these steps; None = as in the epochs
-    score_photos: int = 200        # validation photos captioned after each epoch for CIDEr; 0 = the loss tells which epoch is best
+    score_photos: int = 1000       # validation photos captioned after each epoch for CIDEr; 0 = the loss tells which epoch is best
 
     def __post_init__(self): super().__post_init__(); _check_parts(self)
 
