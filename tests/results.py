@@ -25,6 +25,8 @@ ROWS = {
     'Show and Tell': TELL,
     'Show and Tell, rewarded': TELL | dict(reward_steps=300),
     'LSTM, photo at every step': LSTM,
+    'LSTM, photo at every step, seed 1': LSTM | dict(seed=1),
+    'LSTM, photo at every step, seed 2': LSTM | dict(seed=2),
     'LSTM, rewarded': LSTM | dict(reward_steps=300),
     'LSTM, rewarded, seed 1': LSTM | dict(reward_steps=300, seed=1),
     'LSTM, rewarded, seed 2': LSTM | dict(reward_steps=300, seed=2),
