@@ -122,7 +122,7 @@ class TinyConfig:
     dropout: float = 0.2                         # in the language model, as it learns from photos
     captions: TrainConfig = TrainConfig(epochs=3, batch_size=128, rate=1.2e-3, weight_decay=0.05, label_smoothing=0.1, precision='bf16')
     told: TrainConfig = TrainConfig(epochs=8, rate=2e-4, language_rate=8e-4, batch_size=128, weight_decay=0.05, label_smoothing=0.1, precision='bf16')   # what another captioner says
-    reward: RewardConfig = RewardConfig(precision='bf16')   # whole captions
+    reward: RewardConfig = RewardConfig(steps=450, precision='bf16')   # whole captions
 
 # %% ../nbs/20_tiny.ipynb #12-029-1
 def make_tower(
