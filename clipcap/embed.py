@@ -24,7 +24,7 @@ def pixels_of(
     processor,                  # an image processor of transformers
     image_size: int=None,       # squash to image_size x image_size; None = resize and crop as the processor does
     scale: bool=True,           # False: leave the pixels as bytes
-) -> torch.Tensor:              # (B, 3, H, W) float32, around zero; ClipcapError where their sizes differ
+) -> torch.Tensor:              # (B, 3, H, W) float32 around zero, or bytes; ClipcapError where their sizes differ
     "Photos as a tower takes them: the numbers of its processor, the same for a photo alone and among others"
     made, steps = [], (dict(do_resize=False, do_center_crop=False) if image_size else {}) | ({} if scale else dict(do_rescale=False, do_normalize=False))
     for photo in photos:
