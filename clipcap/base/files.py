@@ -62,6 +62,7 @@ _ADVICE = {
     errno.ENAMETOOLONG: 'give a shorter name',
     errno.EISDIR: 'this is a folder: give the name of a file',
     errno.ENOTDIR: 'a part of this path is a file, not a folder: choose another place',
+    errno.EEXIST: 'a part of this path is a file, not a folder: choose another place',
     errno.ENOENT: 'check the path',
     errno.EBUSY: 'something else uses it: choose another place',
 }
@@ -78,6 +79,18 @@ def os_fault(
     return ClipcapError(f'{path}: cannot be {verb} ({reason}): {advice}')
 
 # %% ../../nbs/base/00_files.ipynb #0fi-011
+def _real(path, verb='written'):
+    # the file or folder that a link means: a link stays a link
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as fault:  # such as a NUL in the name
+        raise os_fault(path, fault, verb) from fault
+
+
+# what a file system answers that lacks a call
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
 def _sync_folder(folder):
     # makes a rename last through a power cut, where the system can (Windows opens no folders)
     with suppress(OSError):
@@ -90,11 +103,20 @@ def _sync_folder(folder):
 
 def _sync_file(path):
     with open(path, 'r+b') as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as fault:
+            if fault.errno not in _UNKNOWN:
+                raise
+
+
+def _set_mode(path, mode):
+    with suppress(OSError):  # some file systems keep no rights
+        os.chmod(path, mode)
 
 
 def _replace(source, target):
-    # Windows refuses while a virus scanner, an indexer or a reader has the file open: mostly for a moment
+    # Windows refuses while a scanner, an indexer or a reader has the file open: mostly for a moment
     for pause in (0.01, 0.03, 0.1, 0.3, None):
         try:
             return os.replace(source, target)
@@ -113,15 +135,37 @@ def _write_through(path, write):
             shutil.copyfileobj(source, target)
 
 
+def _part_prefix(pid):
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+    return f'.clipcap-{host}-{pid}-'
+
+
+def _sweep(folder):
+    # the temporary files of this machine's dead processes
+    if os.name == 'nt':  # where asking whether a process lives would end it
+        return
+    mine = _part_prefix('')[:-1]
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            pid = name.removeprefix(mine).partition('-')[0]
+            if name.startswith(mine) and pid.isdigit():
+                try:
+                    os.kill(int(pid), 0)
+                except ProcessLookupError:
+                    os.unlink(os.path.join(folder, name))
+                except OSError:
+                    pass  # alive, and another user's
+
+
 def write_file(
     path: str | Path,  # the file to make or to replace; its folders are made
     write,  # called with the path of an empty file with the same suffix; writes there
 ) -> Path:  # the path
-    "Make a file whole or not at all, even where the power is cut; `ClipcapError` where it cannot be"
+    "Make a file whole or not at all, even through a power cut; `ClipcapError` where it cannot be"
     path = Path(path)
-    target = Path(os.path.realpath(path))  # a link stays a link
+    target = _real(path)
     suffix = target.suffix if len(os.fsencode(target.suffix)) <= 20 else ''
-    part = target.with_name(f'.clipcap-{os.getpid()}-{secrets.token_hex(6)}{suffix}')
+    part = target.with_name(_part_prefix(os.getpid()) + secrets.token_hex(6) + suffix)
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -130,10 +174,12 @@ def write_file(
             return path
         target.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = (target if target.exists() else part).stat().st_mode & 0o7777  # as before, or as umask says
+        mode = (
+            target if target.exists() else part
+        ).stat().st_mode & 0o7777  # as before, or as umask says
         write(part)
         _sync_file(part)
-        os.chmod(part, mode)
+        _set_mode(part, mode)
         _replace(part, target)
         _sync_folder(target.parent)
     except OSError as fault:
@@ -150,7 +196,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    "`write_file` for text: UTF-8, with line ends as they are; names that are not UTF-8 keep their bytes"
+    "`write_file` for text: UTF-8, line ends as they are; names that are not UTF-8 keep their bytes"
     try:
         data = text.encode('utf-8', 'surrogateescape')
     except UnicodeEncodeError:
@@ -190,7 +236,9 @@ else:
     import fcntl
 
     def _try_lock(handle):
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: children must not hold it on
+        fcntl.lockf(
+            handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # not flock: children must not hold it on
 
 
 _held = {}  # lock file -> [thread, how many times]
@@ -198,7 +246,7 @@ _held_guard = threading.Lock()
 
 
 def _lock_file(folder):
-    # beside the folder, so that the folder can be replaced; within it where nothing can lie beside it
+    # beside the folder, so that it can be replaced; within it where nothing can lie beside it
     parent = folder.parent
     if folder.exists() and (os.path.ismount(folder) or not os.access(parent, os.W_OK)):
         return folder / '.clipcap.lock'
@@ -208,8 +256,8 @@ def _lock_file(folder):
 def _holder(file):
     try:
         note = json.loads(file.read_text(encoding='utf-8'))
-        host = '' if note['host'] == socket.gethostname() else f" on {note['host']}"
-        return f"process {note['pid']}{host} ({note['what']}) since {note['since']}"
+        host = '' if note['host'] == socket.gethostname() else f' on {note["host"]}'
+        return f'process {note["pid"]}{host} ({note["what"]}) since {note["since"]}'
     except (OSError, ValueError, LookupError, TypeError):
         return 'another process'
 
@@ -226,15 +274,16 @@ def _acquire(folder, file, what):
                 raise ClipcapError(
                     f'{folder}: in use by {_holder(file)}; wait for it, or give another folder'
                 ) from None
-            warnings.warn(f'{folder}: no locks on this file system; start no second run here', stacklevel=4)
+            warnings.warn(
+                f'{folder}: no locks on this file system; start no second run here', stacklevel=4
+            )
             return None
         with suppress(OSError):
             if os.name == 'nt' or os.path.samestat(os.fstat(handle), os.stat(file)):
                 break
         os.close(handle)  # the file was removed by its last holder in between: make it again
-    note = dict(
-        pid=os.getpid(), host=socket.gethostname(), what=what, since=time.strftime('%Y-%m-%d %H:%M')
-    )
+    now = time.strftime('%Y-%m-%d %H:%M')
+    note = {'pid': os.getpid(), 'host': socket.gethostname(), 'what': what, 'since': now}
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
     os.write(handle, json.dumps(note).encode())
@@ -257,8 +306,8 @@ def lock(
     folder: str | Path,  # need not exist yet
     what: str = None,  # what is done here, for the message to others; None: the command line
 ):
-    "Keep other runs out of a folder; `ClipcapError` says who works there. A dead process holds nothing"
-    real = Path(os.path.realpath(folder))
+    "Keep other runs out of a folder: `ClipcapError` says who works there. The dead hold nothing"
+    real = _real(folder, 'locked')
     if what is None:
         what = one_line(' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:120]
     try:
@@ -268,6 +317,7 @@ def lock(
         with _held_guard:
             if key not in _held:
                 _held[key] = [thread, 0, _acquire(folder, file, what)]
+                _sweep(real)
             elif _held[key][0] != thread:
                 raise ClipcapError(f'{folder}: in use by another thread of this process')
             _held[key][1] += 1
@@ -290,6 +340,11 @@ def _beside(folder):
     return [folder.with_name(_short(folder.name, ending)) for ending in ('.new', '.old')]
 
 
+def _swap_of(folder):
+    # what to lock: the folder itself may be locked by the run that writes it from another thread
+    return folder.with_name(_short(folder.name, '.swap'))
+
+
 def _recover(folder):
     # after a run that died here. The old folder steps aside only when the new one is complete
     new, old = _beside(folder)
@@ -302,13 +357,20 @@ def _recover(folder):
 def recover_folder(
     folder: str | Path,  # one that `write_folder` writes
 ) -> bool:  # whether it is there now
-    "Finish what a run that was killed between two renames began; quick where there is nothing to do"
+    "Finish what a run that was killed between two renames began; quick where nothing is to do"
     folder = Path(folder)
     if not folder.exists():
-        real = Path(os.path.realpath(folder))
-        if _beside(real)[1].exists():
-            with lock(real.with_name(real.name + '.swap')), suppress(OSError):
-                _recover(real)
+        real = _real(folder, 'read')
+        for _ in range(20):
+            if not _beside(real)[1].exists() or folder.exists():
+                break
+            with suppress(
+                OSError, ClipcapError
+            ):  # in use: its writer is between the two renames just now
+                with lock(_swap_of(real)):
+                    _recover(real)
+                break
+            time.sleep(0.05)
     return folder.exists()
 
 
@@ -319,11 +381,11 @@ def _finish(new, folder):
         for name in names:
             file = Path(place) / name
             if not file.is_symlink():
-                os.chmod(file, mode & 0o666)
+                _set_mode(file, mode & 0o666)
                 _sync_file(file)
         _sync_folder(place)
     if folder.exists():
-        os.chmod(new, folder.stat().st_mode & 0o7777)
+        _set_mode(new, folder.stat().st_mode & 0o7777)
 
 
 def _swap(new, old, folder):
@@ -341,11 +403,11 @@ def write_folder(
     folder: str | Path,  # the folder to make or to replace, with all that is in it
     write,  # called with the path of an empty folder beside it; puts the files there
 ) -> Path:  # the folder
-    "Make a folder whole or not at all; `ClipcapError` where it cannot be, and where other things lie in it"
+    "Make a folder whole or not at all; `ClipcapError` where it cannot be or other things lie in it"
     folder = Path(folder)
-    target = Path(os.path.realpath(folder))
+    target = _real(folder)
     new, old = _beside(target)
-    with lock(target.with_name(target.name + '.swap'), f'writes {folder}'):
+    with lock(_swap_of(target), f'writes {folder}'):
         try:
             _recover(target)
             if target.exists() and not target.is_dir():
@@ -354,7 +416,9 @@ def write_folder(
             write(new)
             before = set(os.listdir(target)) if target.exists() else set()
             if before and not before & set(os.listdir(new)):
-                raise ClipcapError(f'{folder}: holds other things ({min(before)}): give a new folder')
+                raise ClipcapError(
+                    f'{folder}: holds other things ({min(before)}): give a new folder'
+                )
             _finish(new, target)
             _swap(new, old, target)
             _sync_folder(target.parent)
@@ -372,7 +436,7 @@ def _end(number, frame):
 
 
 def end_cleanly_on_sigterm():
-    "Let SIGTERM (and a closed terminal) end this process as Ctrl-C does, so that temporary files go; for a command's main"
+    "Let SIGTERM and a closed terminal end this process as Ctrl-C does: temporary files go"
     if threading.current_thread() is not threading.main_thread():
         return
     for name in ('SIGTERM', 'SIGHUP'):  # the second is unknown to Windows, and ignored under nohup
@@ -402,7 +466,7 @@ def _is(value, kind):
 
 def check_shape(
     value,  # as JSON gives it
-    shape,  # a type; several in a tuple; [shape] of a list's items; {field: shape}, 'field?' may be missing
+    shape,  # a type, or a tuple of types; [shape of an item]; {'field': shape, 'optional?': shape}
     where: str,  # what the message begins with, such as the path
     field: str = '',  # of the value, for the message
 ):
@@ -449,11 +513,12 @@ def read_json(
 
 # %% ../../nbs/base/00_files.ipynb #0fi-033
 def plain_name(
-    name: str,  # of a file, relative to a folder, as a table gives it; \ is a separator as in tables made on Windows
+    name: str,  # of a file, relative to a folder; with \ as in tables made on Windows, or with /
 ) -> str:  # the same with /, and without a leading ./
-    "A name from a table as a plain relative path; `ClipcapError` for one that leads out of its folder"
-    path = PurePosixPath(str(name).replace('\\', '/'))
-    if path.is_absolute() or '..' in path.parts or re.match(r'[A-Za-z]:', str(path)) or '\0' in name:
+    "A name from a table as a plain relative path; `ClipcapError` for one that leads out"
+    path = PurePosixPath(name.replace('\\', '/'))
+    drive = re.match(r'[A-Za-z]:', str(path))
+    if path.is_absolute() or drive or '..' in path.parts or '\0' in name:
         raise ClipcapError(f'{name!r} leads out of its folder: name files relative to it')
     if not path.parts:
         raise ClipcapError(f'{name!r} is no file name')
