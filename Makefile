@@ -12,24 +12,24 @@ demo: .venv/user.stamp  ## Caption a few photos with the bundled model, offline
 	@.venv/bin/clipcap demo
 
 test: .venv/dev.stamp  ## Check that the notebooks are clean, run each one, then pytest (ARGS=... for pytest)
-	$(PY) tests/run_notebooks.py
+	$(PY) tools/run_notebooks.py
 	$(PY) -m pytest -q tests $(ARGS)
 
 test-slow: .venv/dev.stamp  ## Run the cells and tests marked slow, too
-	$(PY) tests/run_notebooks.py --flags slow
+	$(PY) tools/run_notebooks.py --flags slow
 	$(PY) -m pytest -q tests -m slow $(ARGS)
 
-notebooks: .venv/dev.stamp  ## Export, run and clean the notebooks, keeping their outputs (NB=nbs/00_data.ipynb for one)
-	$(PY) tests/refresh_outputs.py $(NB)
+notebooks: .venv/dev.stamp  ## Export, run and clean the notebooks, keeping their outputs (NB=nbs/01_data.ipynb for one)
+	$(PY) tools/refresh_outputs.py $(NB)
 
 lab: .venv/dev.stamp  ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs
 
 bench: .venv/dev.stamp  ## Measure speed and memory
-	$(PY) tests/bench.py $(ARGS)
+	$(PY) benchmarks/bench.py $(ARGS)
 
 results: .venv/dev.stamp  ## Train and score every family (DATA=Flickr8k's folder TOWER=a MobileNetV2 WORK=a folder)
-	$(PY) tests/results.py $(DATA) $(TOWER) $(WORK)
+	$(PY) benchmarks/results.py $(DATA) $(TOWER) $(WORK)
 
 clean:  ## Remove what builds and tests leave behind (.venv stays)
 	rm -rf build dist clipcap.egg-info .pytest_cache _proc

@@ -1,37 +1,56 @@
 """Package metadata lives in settings.ini, shared with nbdev; edit there, not here."""
+
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copytree, rmtree
+
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 root = Path(__file__).resolve().parent
 ini = ConfigParser(delimiters=['='])
-ini.read_string((root/'settings.ini').read_text(encoding='utf-8'))
+ini.read_string((root / 'settings.ini').read_text(encoding='utf-8'))
 cfg = ini['DEFAULT']
 
-def words(key): return cfg.get(key, '').split()
+
+def words(key):
+    return cfg.get(key, '').split()
+
 
 class BuildWithModel(build_py):
     "A wheel carries weights/tiny as clipcap/weights/tiny; an editable install reads it where it lies"
+
     def run(self):
         super().run()
-        if self.editable_mode: return
-        bundled = Path(self.build_lib)/cfg['lib_name']/'weights'/'tiny'
+        if self.editable_mode:
+            return
+        bundled = Path(self.build_lib) / cfg['lib_name'] / 'weights' / 'tiny'
         rmtree(bundled, ignore_errors=True)
-        copytree(root/'weights'/'tiny', bundled)
+        copytree(root / 'weights' / 'tiny', bundled)
+
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
-    author=cfg['author'], author_email=cfg['author_email'], license=cfg['license'],
-    keywords=cfg['keywords'], url=cfg['git_url'],
-    long_description=(root/'README.md').read_text(encoding='utf-8'),
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    author=cfg['author'],
+    author_email=cfg['author_email'],
+    license=cfg['license'],
+    keywords=cfg['keywords'],
+    url=cfg['git_url'],
+    long_description=(root / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    packages=find_packages(include=[cfg['lib_name'], cfg['lib_name']+'.*']),
+    packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
     cmdclass={'build_py': BuildWithModel},
-    python_requires='>='+cfg['min_python'],
+    python_requires='>=' + cfg['min_python'],
     install_requires=words('requirements'),
-    extras_require={key.removesuffix('_requirements'): words(key) for key in cfg if key.endswith('_requirements')},
-    entry_points={'console_scripts': words('console_scripts'),
-                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    extras_require={
+        key.removesuffix('_requirements'): words(key)
+        for key in cfg
+        if key.endswith('_requirements')
+    },
+    entry_points={
+        'console_scripts': words('console_scripts'),
+        'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
 )

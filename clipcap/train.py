@@ -7,158 +7,241 @@ __all__ = ['TokenisedCaptions', 'batches_by_length', 'learning_rate', 'TrainConf
            'draw_history', 'train', 'LivePlot']
 
 # %% ../nbs/04_train.ipynb #04-002
-import json, math, os, shutil
+import json
+import math
+import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast
-from .data import ClipcapError
-from .model import CaptionModel, encode, load_checkpoint, pad, replace_file, save_checkpoint
+
+from .base.checkpoint import load_checkpoint, save_checkpoint
+from .base.files import ClipcapError, write_file
+from .model import CaptionModel, encode, pad
 
 # %% ../nbs/04_train.ipynb #04-007
 class TokenisedCaptions:
     "The captions of one split as token ids, each with the row of its photo's feature"
-    def __init__(self,
+
+    def __init__(
+        self,
         table: pd.DataFrame,  # image, caption
-        store,                # the `FeatureStore` that knows the images; None: captions without photos
-        tokenizer,            # of the language model
-        max_tokens: int=40,   # longer captions are cut
+        store,  # the `FeatureStore` that knows the images; None: captions without photos
+        tokenizer,  # of the language model
+        max_tokens: int = 40,  # longer captions are cut
     ):
-        if not len(table): raise ClipcapError('there are no captions to train on: is the split empty?')
+        if not len(table):
+            raise ClipcapError('there are no captions to train on: is the split empty?')
         ids = encode(tokenizer, table.caption.tolist(), max_tokens)
-        self.store, self.fill, self.lengths = store, tokenizer.eos_token_id, np.array([len(i) for i in ids])
-        self.starts, self.tokens = np.concatenate([[0], self.lengths.cumsum()]), np.concatenate(ids).astype(np.int32)
-        self.rows = store.rows(table.image) if store is not None else np.zeros(len(table), dtype=int)
+        self.store, self.fill, self.lengths = (
+            store,
+            tokenizer.eos_token_id,
+            np.array([len(i) for i in ids]),
+        )
+        self.starts, self.tokens = (
+            np.concatenate([[0], self.lengths.cumsum()]),
+            np.concatenate(ids).astype(np.int32),
+        )
+        self.rows = (
+            store.rows(table.image) if store is not None else np.zeros(len(table), dtype=int)
+        )
 
-    def __len__(self): return len(self.lengths)
+    def __len__(self):
+        return len(self.lengths)
 
-    def batch(self,
+    def batch(
+        self,
         which: np.ndarray,  # numbers of captions
-    ):                      # features (photos, cells, feature_dim), ids and mask (batch, tokens), which photo each caption is about (batch,)
+    ):  # features (photos, cells, feature_dim), ids and mask (batch, tokens), which photo each caption is about (batch,)
         "What the model needs to learn from these captions"
-        ids, mask = pad([self.tokens[self.starts[i]:self.starts[i + 1]].tolist() for i in which], self.fill)
-        photos, about = np.unique(self.rows[which], return_inverse=True)   # each photo is read once
+        ids, mask = pad(
+            [self.tokens[self.starts[i] : self.starts[i + 1]].tolist() for i in which], self.fill
+        )
+        photos, about = np.unique(self.rows[which], return_inverse=True)  # each photo is read once
         features = np.zeros((1, 1, 1)) if self.store is None else self.store[photos]
-        return torch.as_tensor(np.asarray(features, dtype=np.float32)), ids, mask, torch.as_tensor(about)
+        return (
+            torch.as_tensor(np.asarray(features, dtype=np.float32)),
+            ids,
+            mask,
+            torch.as_tensor(about),
+        )
 
 # %% ../nbs/04_train.ipynb #04-009
 def batches_by_length(
-    lengths: np.ndarray,   # tokens of each caption
-    batch_size: int,       # captions a batch
-    seed: int=0,           # of the shuffle
-    epoch: int=0,          # every epoch is shuffled anew
-    portion: int=32,       # batches that are sorted together
-    photos: np.ndarray=None,  # of each caption: those of one photo are then kept together
-) -> list[np.ndarray]:     # numbers of the captions in each batch
+    lengths: np.ndarray,  # tokens of each caption
+    batch_size: int,  # captions a batch
+    seed: int = 0,  # of the shuffle
+    epoch: int = 0,  # every epoch is shuffled anew
+    portion: int = 32,  # batches that are sorted together
+    photos: np.ndarray = None,  # of each caption: those of one photo are then kept together
+) -> list[np.ndarray]:  # numbers of the captions in each batch
     "One epoch of batches, each of captions about equally long"
-    rng, (_, photo) = np.random.default_rng((seed, epoch)), np.unique(np.arange(len(lengths)) if photos is None else photos, return_inverse=True)
+    rng, (_, photo) = (
+        np.random.default_rng((seed, epoch)),
+        np.unique(np.arange(len(lengths)) if photos is None else photos, return_inverse=True),
+    )
     longest = pd.Series(lengths).groupby(photo).max().to_numpy()
     order = np.argsort(rng.permutation(len(longest))[photo], kind='stable')
     cut = lambda size: np.split(order, range(size, len(order), size))
-    order = np.concatenate([p[np.argsort(longest[photo[p]], kind='stable')] for p in cut(portion*batch_size)])
-    rng.shuffle(batches := cut(batch_size)); return batches
+    order = np.concatenate(
+        [p[np.argsort(longest[photo[p]], kind='stable')] for p in cut(portion * batch_size)]
+    )
+    rng.shuffle(batches := cut(batch_size))
+    return batches
 
 # %% ../nbs/04_train.ipynb #04-013
 def learning_rate(
-    step: int,          # the step to come, from 0
-    steps: int,         # steps of the whole run
-    peak: float,        # the highest rate
-    warmup: float=0.1,  # share of the run in which it climbs
-) -> float:             # the rate of this step
+    step: int,  # the step to come, from 0
+    steps: int,  # steps of the whole run
+    peak: float,  # the highest rate
+    warmup: float = 0.1,  # share of the run in which it climbs
+) -> float:  # the rate of this step
     "Linear warm-up, then a cosine down to zero"
-    climb = max(1, round(warmup*steps))
-    if step < climb: return peak*(step + 1)/climb
-    return peak*0.5*(1 + math.cos(math.pi*(step - climb)/max(1, steps - climb)))
+    climb = max(1, round(warmup * steps))
+    if step < climb:
+        return peak * (step + 1) / climb
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - climb) / max(1, steps - climb)))
 
 # %% ../nbs/04_train.ipynb #04-016
 @dataclass(frozen=True)
 class TrainConfig:
     "How a caption model is trained"
-    epochs: int = 10               # passes over all captions
-    batch_size: int = 128          # captions at once
-    accumulate: int = 1            # batches a step: as good as a larger batch, in less memory
-    rate: float = 1e-3             # peak learning rate
-    language_rate: float|None = None   # that of the language model; None = the same
-    warmup: float = 0.1            # share of the steps in which the rate climbs
-    weight_decay: float = 0.01     # of AdamW, on matrices only
-    clip: float = 1.0              # longest gradient allowed
-    label_smoothing: float = 0.0   # share of each target spread over all tokens
-    max_tokens: int = 40           # longer captions are cut
-    precision: str = 'fp32'        # bf16, fp16: faster where the processor can, weights stay fp32
-    patience: int = 0              # stop after so many epochs without a better one; 0 = never
-    together: bool = False         # all captions of a photo in one batch: the mapper works once for them
-    seed: int = 0                  # of batches and dropout
-    save_every: int = 200          # steps between checkpoints within an epoch
+
+    epochs: int = 10  # passes over all captions
+    batch_size: int = 128  # captions at once
+    accumulate: int = 1  # batches a step: as good as a larger batch, in less memory
+    rate: float = 1e-3  # peak learning rate
+    language_rate: float | None = None  # that of the language model; None = the same
+    warmup: float = 0.1  # share of the steps in which the rate climbs
+    weight_decay: float = 0.01  # of AdamW, on matrices only
+    clip: float = 1.0  # longest gradient allowed
+    label_smoothing: float = 0.0  # share of each target spread over all tokens
+    max_tokens: int = 40  # longer captions are cut
+    precision: str = 'fp32'  # bf16, fp16: faster where the processor can, weights stay fp32
+    patience: int = 0  # stop after so many epochs without a better one; 0 = never
+    together: bool = False  # all captions of a photo in one batch: the mapper works once for them
+    seed: int = 0  # of batches and dropout
+    save_every: int = 200  # steps between checkpoints within an epoch
 
     def __post_init__(self):
-        for name, low in dict(epochs=1, batch_size=1, accumulate=1, rate=0, language_rate=0, clip=0, max_tokens=2, patience=0, seed=0, save_every=1).items():
-            if not (value := getattr(self, name)) is None and not value >= low: raise ClipcapError(f'{name} must be at least {low}, not {value}')
+        for name, low in dict(
+            epochs=1,
+            batch_size=1,
+            accumulate=1,
+            rate=0,
+            language_rate=0,
+            clip=0,
+            max_tokens=2,
+            patience=0,
+            seed=0,
+            save_every=1,
+        ).items():
+            if (value := getattr(self, name)) is not None and not value >= low:
+                raise ClipcapError(f'{name} must be at least {low}, not {value}')
         for name in ['warmup', 'label_smoothing']:
-            if not 0 <= getattr(self, name) < 1: raise ClipcapError(f'{name} must be from 0 to below 1, not {getattr(self, name)}')
-        if self.precision not in ('fp32', 'bf16', 'fp16'): raise ClipcapError(f"precision must be fp32, bf16 or fp16, not '{self.precision}'")
+            if not 0 <= getattr(self, name) < 1:
+                raise ClipcapError(f'{name} must be from 0 to below 1, not {getattr(self, name)}')
+        if self.precision not in ('fp32', 'bf16', 'fp16'):
+            raise ClipcapError(f"precision must be fp32, bf16 or fp16, not '{self.precision}'")
 
 # %% ../nbs/04_train.ipynb #04-019
 def make_optimizer(
-    model: CaptionModel,   # whose learnable weights it moves
-    config: TrainConfig,   # rates and weight decay
-) -> torch.optim.AdamW:    # each of its groups of weights knows its `peak` rate
+    model: CaptionModel,  # whose learnable weights it moves
+    config: TrainConfig,  # rates and weight decay
+) -> torch.optim.AdamW:  # each of its groups of weights knows its `peak` rate
     "AdamW with weight decay on matrices alone"
     groups = {}
     for name, p in model.named_parameters():
         own = config.language_rate is not None and name.startswith('language.')
-        if p.requires_grad: groups.setdefault((p.ndim <= 1, config.language_rate if own else config.rate), []).append(p)
-    return torch.optim.AdamW([dict(params=some, lr=rate, peak=rate, weight_decay=0.0 if vectors else config.weight_decay)
-        for (vectors, rate), some in sorted(groups.items())], lr=config.rate)
+        if p.requires_grad:
+            groups.setdefault(
+                (p.ndim <= 1, config.language_rate if own else config.rate), []
+            ).append(p)
+    return torch.optim.AdamW(
+        [
+            dict(
+                params=some,
+                lr=rate,
+                peak=rate,
+                weight_decay=0.0 if vectors else config.weight_decay,
+            )
+            for (vectors, rate), some in sorted(groups.items())
+        ],
+        lr=config.rate,
+    )
 
 # %% ../nbs/04_train.ipynb #04-028
 @torch.inference_mode()
 def validation_loss(
-    model: CaptionModel,           # left in the mode it was in
-    captions: TokenisedCaptions,   # the split
-    batch_size: int=256,           # captions a batch
-) -> float:                        # mean loss a token, in nats, without label smoothing
+    model: CaptionModel,  # left in the mode it was in
+    captions: TokenisedCaptions,  # the split
+    batch_size: int = 256,  # captions a batch
+) -> float:  # mean loss a token, in nats, without label smoothing
     "How surprised the model is by captions it has not learned from"
     was, device = model.training, model.mapper.mean.device
-    model.eval(); total = 0.0
+    model.eval()
+    total = 0.0
     for which in batches_by_length(captions.lengths, batch_size):
         batch = [t.to(device) for t in captions.batch(which)]
-        total += model(*batch).item()*captions.lengths[which].sum()
+        total += model(*batch).item() * captions.lengths[which].sum()
     model.train(was)
-    return total/captions.lengths.sum()
+    return total / captions.lengths.sum()
 
 # %% ../nbs/04_train.ipynb #04-029
 def _standardise(mapper, captions):
     "Measure mean and spread of the features on (at most 2,000 of) the training photos"
     some = np.sort(np.random.default_rng(0).permutation(np.unique(captions.rows))[:2000])
     features = torch.as_tensor(np.asarray(captions.store[some], dtype=np.float32)).flatten(0, 1)
-    mapper.mean.copy_(features.mean(0)); mapper.std.copy_(features.std(0).clamp_min(1e-3))
+    mapper.mean.copy_(features.mean(0))
+    mapper.std.copy_(features.std(0).clamp_min(1e-3))
+
 
 def _check_same_run(folder, settings, usual, main):
     "Refuse to go on with other settings than the run was begun with; a setting that it did not know yet counts as what it is by default"
-    file = folder/'settings.json'
-    if file.exists() and (folder/'last.safetensors').exists():
+    file = folder / 'settings.json'
+    if file.exists() and (folder / 'last.safetensors').exists():
         before = usual | json.loads(file.read_text())
-        other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
-        if other: raise ClipcapError(f"'{folder}' holds a run with other settings ({', '.join(other)}): give the same ones to go on with it, or another folder")
-    elif main: folder.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(settings, indent=2) + '\n')
-    for left in folder.glob('.best.*') if main else (): shutil.rmtree(left)   # a kill while the best model was being written
+        other = sorted(
+            k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)
+        )
+        if other:
+            raise ClipcapError(
+                f"'{folder}' holds a run with other settings ({', '.join(other)}): give the same ones to go on with it, or another folder"
+            )
+    elif main:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2) + '\n')
+    for left in folder.glob('.best.*') if main else ():
+        shutil.rmtree(left)  # a kill while the best model was being written
 
 # %% ../nbs/04_train.ipynb #04-plot-b
 def draw_history(
     history: pd.DataFrame,  # as `train` gives it
-):                          # a matplotlib Figure
+):  # a matplotlib Figure
     "Losses, and scores where there are any, against epochs"
     from matplotlib.figure import Figure
-    curves = {'loss a token': dict(train_loss='training', val_loss='validation')} | ({'score': dict(score='validation')} if 'score' in history else {})
-    figure = Figure(figsize=(4*len(curves), 2.2), layout='constrained')
-    for (what, columns), ax in zip(curves.items(), figure.subplots(1, len(curves), squeeze=False)[0]):
-        for column, label in columns.items(): ax.plot(history.epoch, history[column], 'o-', label=label)
-        ax.set_xlabel('epoch'); ax.set_ylabel(what); ax.legend()
+
+    curves = {'loss a token': dict(train_loss='training', val_loss='validation')} | (
+        {'score': dict(score='validation')} if 'score' in history else {}
+    )
+    figure = Figure(figsize=(4 * len(curves), 2.2), layout='constrained')
+    for (what, columns), ax in zip(
+        curves.items(), figure.subplots(1, len(curves), squeeze=False)[0]
+    ):
+        for column, label in columns.items():
+            ax.plot(history.epoch, history[column], 'o-', label=label)
+        ax.set_xlabel('epoch')
+        ax.set_ylabel(what)
+        ax.legend()
     return figure
 
 # %% ../nbs/04_train.ipynb #04-run-e
@@ -166,129 +249,252 @@ def _accelerator(model, config, folder, tracker):
     "The Accelerator of one run: where the model is; of several processes, each on a device of its own"
     several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, next(model.parameters()).device
     if tracker and not (tracker in ('tensorboard', 'wandb') and find_spec(tracker)):
-        raise ClipcapError(f"tracker '{tracker}' is not there: take tensorboard or wandb, and install it (pip install 'clipcap[trackers]')")
-    AcceleratorState._reset_state(reset_partial_state=not several)   # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=config.precision.replace('fp32', 'no'), cpu=device.type == 'cpu' and not (several and torch.cuda.is_available()), device_placement=several,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-        log_with=tracker, project_dir=folder)
-    if config.precision == 'fp16' and accelerator.device.type == 'cpu': raise ClipcapError('precision fp16 needs a GPU: take bf16 or fp32')
+        raise ClipcapError(
+            f"tracker '{tracker}' is not there: take tensorboard or wandb, and install it (pip install 'clipcap[trackers]')"
+        )
+    AcceleratorState._reset_state(
+        reset_partial_state=not several
+    )  # an earlier run in this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=config.precision.replace('fp32', 'no'),
+        cpu=device.type == 'cpu' and not (several and torch.cuda.is_available()),
+        device_placement=several,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        log_with=tracker,
+        project_dir=folder,
+    )
+    if config.precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise ClipcapError('precision fp16 needs a GPU: take bf16 or fp32')
     return accelerator
 
 # %% ../nbs/04_train.ipynb #04-032
 class _Run:
     "Where a training run is: epoch, step within it, losses so far"
+
     def __init__(self, model, config, captions, folder, accelerator):
-        self.model, self.config, self.captions, self.folder, self.accelerator = model, config, captions, folder, accelerator
-        self.epoch, self.step, self.train_loss, self.history, self.last = 0, 0, None, [], folder/'last.safetensors'
-        self.a_step = config.batch_size*config.accumulate*accelerator.num_processes
-        self.steps = math.ceil(len(captions)/self.a_step)   # of an epoch
+        self.model, self.config, self.captions, self.folder, self.accelerator = (
+            model,
+            config,
+            captions,
+            folder,
+            accelerator,
+        )
+        self.epoch, self.step, self.train_loss, self.history, self.last = (
+            0,
+            0,
+            None,
+            [],
+            folder / 'last.safetensors',
+        )
+        self.a_step = config.batch_size * config.accumulate * accelerator.num_processes
+        self.steps = math.ceil(len(captions) / self.a_step)  # of an epoch
         self.wrapped, self.optimizer = accelerator.prepare(model, make_optimizer(model, config))
-        if self.last.exists(): vars(self).update(load_checkpoint(self.last, model, self.optimizer))
-        if scaler := vars(self).pop('scaler', None): accelerator.scaler.load_state_dict(scaler)
+        if self.last.exists():
+            vars(self).update(load_checkpoint(self.last, model, self.optimizer))
+        if scaler := vars(self).pop('scaler', None):
+            accelerator.scaler.load_state_dict(scaler)
 
     def save(self):
-        if not self.accelerator.is_main_process: return
-        scaler = dict(scaler=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
-        save_checkpoint(self.last, self.model, self.optimizer, {k: getattr(self, k) for k in ('epoch', 'step', 'train_loss', 'history')} | scaler)
+        if not self.accelerator.is_main_process:
+            return
+        scaler = (
+            dict(scaler=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
+        )
+        save_checkpoint(
+            self.last,
+            self.model,
+            self.optimizer,
+            {k: getattr(self, k) for k in ('epoch', 'step', 'train_loss', 'history')} | scaler,
+        )
 
     @property
-    def best(self): return max(self.history, key=lambda row: (row.get('score', 0), -row['val_loss']))
+    def best(self):
+        return max(self.history, key=lambda row: (row.get('score', 0), -row['val_loss']))
+
     @property
-    def over(self): return self.epoch == self.config.epochs or 0 < self.config.patience <= len(self.history) - (self.best['epoch'] if self.history else 0)
+    def over(self):
+        return self.epoch == self.config.epochs or 0 < self.config.patience <= len(self.history) - (
+            self.best['epoch'] if self.history else 0
+        )
 
 # %% ../nbs/04_train.ipynb #04-run-b
 def _one_step(run, which):
     "One step of the optimiser: this process's share of the captions, part by part"
-    config, accelerator, done, lengths = run.config, run.accelerator, run.epoch*run.steps + run.step, run.captions.lengths
-    torch.manual_seed(int(np.random.SeedSequence((config.seed, done, accelerator.process_index)).generate_state(1)[0]))
-    for group in run.optimizer.param_groups: group['lr'] = learning_rate(done, config.epochs*run.steps, group['peak'], config.warmup)
-    parts = np.array_split(which, config.accumulate*accelerator.num_processes)[accelerator.process_index::accelerator.num_processes]
+    config, accelerator, done, lengths = (
+        run.config,
+        run.accelerator,
+        run.epoch * run.steps + run.step,
+        run.captions.lengths,
+    )
+    torch.manual_seed(
+        int(
+            np.random.SeedSequence((config.seed, done, accelerator.process_index)).generate_state(
+                1
+            )[0]
+        )
+    )
+    for group in run.optimizer.param_groups:
+        group['lr'] = learning_rate(done, config.epochs * run.steps, group['peak'], config.warmup)
+    parts = np.array_split(which, config.accumulate * accelerator.num_processes)[
+        accelerator.process_index :: accelerator.num_processes
+    ]
     loss = torch.zeros((), device=run.model.mapper.mean.device)
-    for n, part in enumerate(parts, 1):   # the last batch may be too small for all: an empty part counts for nothing
-        features, ids, mask, about = (t.to(loss.device) for t in run.captions.batch(part if len(part) else which[:1]))
+    for n, part in enumerate(
+        parts, 1
+    ):  # the last batch may be too small for all: an empty part counts for nothing
+        features, ids, mask, about = (
+            t.to(loss.device) for t in run.captions.batch(part if len(part) else which[:1])
+        )
         with nullcontext() if n == len(parts) else accelerator.no_sync(run.wrapped):
-            share = run.wrapped(features, ids, mask, about, config.label_smoothing)*float(lengths[part].sum()/lengths[which].sum())
-            accelerator.backward(share*accelerator.num_processes)   # of the processes' gradients the mean is taken
+            share = run.wrapped(features, ids, mask, about, config.label_smoothing) * float(
+                lengths[part].sum() / lengths[which].sum()
+            )
+            accelerator.backward(
+                share * accelerator.num_processes
+            )  # of the processes' gradients the mean is taken
         loss += share.detach()
     accelerator.clip_grad_norm_(run.model.parameters(), config.clip)
-    run.optimizer.step(); run.optimizer.zero_grad(); run.step += 1
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
     loss = accelerator.reduce(loss, 'sum').item()
-    run.train_loss = loss if run.train_loss is None else 0.98*run.train_loss + 0.02*loss
+    run.train_loss = loss if run.train_loss is None else 0.98 * run.train_loss + 0.02 * loss
     accelerator.log(dict(loss=loss, rate=group['lr']), step=done)
 
 # %% ../nbs/04_train.ipynb #04-run-c
 def _one_epoch(run, bar):
     from time import perf_counter
-    run.wrapped.train(); bar.set_description(f'epoch {run.epoch + 1}/{run.config.epochs}'); began, first = perf_counter(), run.step
-    batches = batches_by_length(run.captions.lengths, run.a_step, run.config.seed, run.epoch, photos=run.captions.rows if run.config.together else None)
+
+    run.wrapped.train()
+    bar.set_description(f'epoch {run.epoch + 1}/{run.config.epochs}')
+    began, first = perf_counter(), run.step
+    batches = batches_by_length(
+        run.captions.lengths,
+        run.a_step,
+        run.config.seed,
+        run.epoch,
+        photos=run.captions.rows if run.config.together else None,
+    )
     for which in batches[first:]:
-        _one_step(run, which); bar.update(); bar.set_postfix(loss=f'{run.train_loss:.3f}', refresh=False)
-        if run.step % run.config.save_every == 0: run.save()
-    run.speed = sum(map(len, batches[first:]))/max(perf_counter() - began, 1e-9)
+        _one_step(run, which)
+        bar.update()
+        bar.set_postfix(loss=f'{run.train_loss:.3f}', refresh=False)
+        if run.step % run.config.save_every == 0:
+            run.save()
+    run.speed = sum(map(len, batches[first:])) / max(perf_counter() - began, 1e-9)
+
 
 def _close_epoch(run, check, score, tower):
     main, told = run.accelerator.is_main_process, [0.0, 0.0]
-    if main: run.model.eval(); told = [validation_loss(run.model, check) if check else run.train_loss, score(run.model) if score else 0.0]
-    if run.accelerator.num_processes > 1: told = broadcast(torch.tensor(told, dtype=torch.float32, device=run.accelerator.device)).tolist()
-    measured = dict(train_loss=run.train_loss, val_loss=told[0]) | (dict(score=told[1]) if score else {})
-    run.accelerator.log(measured, step=run.epoch*run.steps + run.step)
+    if main:
+        run.model.eval()
+        told = [
+            validation_loss(run.model, check) if check else run.train_loss,
+            score(run.model) if score else 0.0,
+        ]
+    if run.accelerator.num_processes > 1:
+        told = broadcast(
+            torch.tensor(told, dtype=torch.float32, device=run.accelerator.device)
+        ).tolist()
+    measured = dict(train_loss=run.train_loss, val_loss=told[0]) | (
+        dict(score=told[1]) if score else {}
+    )
+    run.accelerator.log(measured, step=run.epoch * run.steps + run.step)
     run.epoch, run.step = run.epoch + 1, 0
-    run.history.append(dict(epoch=run.epoch) | measured | dict(captions_per_second=round(run.speed)))
-    if not main: return
-    if run.best is run.history[-1]: run.model.save_pretrained(run.folder/'best', tower)
+    run.history.append(
+        dict(epoch=run.epoch) | measured | dict(captions_per_second=round(run.speed))
+    )
+    if not main:
+        return
+    if run.best is run.history[-1]:
+        run.model.save_pretrained(run.folder / 'best', tower)
     history = pd.DataFrame(run.history)
-    replace_file(run.folder/'history.csv', lambda new: history.to_csv(new, index=False))
-    replace_file(run.folder/'history.png', lambda new: draw_history(history).savefig(new, format='png', dpi=150))
+    write_file(run.folder / 'history.csv', lambda new: history.to_csv(new, index=False))
+    write_file(
+        run.folder / 'history.png',
+        lambda new: draw_history(history).savefig(new, format='png', dpi=150),
+    )
     run.save()
 
 # %% ../nbs/04_train.ipynb #04-031-b
 def _begin(model, learn, config, folder, tracker):
     "A new run, or the one in the folder at its last checkpoint"
     accelerator = _accelerator(model, config, folder, tracker)
-    settings = asdict(config) | dict(mapper=asdict(model.config), captions=len(learn), features=getattr(learn.store, 'fingerprint', None), processes=accelerator.num_processes)
-    _check_same_run(folder, settings, asdict(type(config)()) | dict(processes=1), accelerator.is_main_process)
-    if learn.store is not None: _standardise(model.mapper, learn)
-    if tracker: accelerator.init_trackers('clipcap', {k: str(v) for k, v in settings.items()})
+    settings = asdict(config) | dict(
+        mapper=asdict(model.config),
+        captions=len(learn),
+        features=getattr(learn.store, 'fingerprint', None),
+        processes=accelerator.num_processes,
+    )
+    _check_same_run(
+        folder, settings, asdict(type(config)()) | dict(processes=1), accelerator.is_main_process
+    )
+    if learn.store is not None:
+        _standardise(model.mapper, learn)
+    if tracker:
+        accelerator.init_trackers('clipcap', {k: str(v) for k, v in settings.items()})
     return _Run(model, config, learn, folder, accelerator)
 
-def _close(run):   # the model is given back as it came
+
+def _close(run):  # the model is given back as it came
     run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False).eval()
-    for tracker in run.accelerator.trackers: tracker.finish()
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
 
 # %% ../nbs/04_train.ipynb #04-031
 def train(
-    model: CaptionModel,       # is trained in place; afterwards it holds the last epoch's weights
-    table: pd.DataFrame,       # image, caption, split ('train' is learned, 'val' is validated on)
-    store,                     # the `FeatureStore` of the photos; None: captions alone, without photos
-    config: TrainConfig,       # how
-    folder: str|Path,          # gets best/ (the model), last.safetensors, history.csv and .png, settings.json
-    tower=None,                # the `VisionTower`, saved with the best model
-    report=None,               # called with the history after each epoch
-    progress: bool=True,       # a progress bar on stderr
-    score=None,                # called with the model after each epoch; the best model is then that of the highest score
-    tracker: str=None,         # tensorboard or wandb: losses and scores are sent there, too
-) -> pd.DataFrame:             # one row an epoch: epoch, train_loss, val_loss, score where there is one, captions_per_second
+    model: CaptionModel,  # is trained in place; afterwards it holds the last epoch's weights
+    table: pd.DataFrame,  # image, caption, split ('train' is learned, 'val' is validated on)
+    store,  # the `FeatureStore` of the photos; None: captions alone, without photos
+    config: TrainConfig,  # how
+    folder: str
+    | Path,  # gets best/ (the model), last.safetensors, history.csv and .png, settings.json
+    tower=None,  # the `VisionTower`, saved with the best model
+    report=None,  # called with the history after each epoch
+    progress: bool = True,  # a progress bar on stderr
+    score=None,  # called with the model after each epoch; the best model is then that of the highest score
+    tracker: str = None,  # tensorboard or wandb: losses and scores are sent there, too
+) -> (
+    pd.DataFrame
+):  # one row an epoch: epoch, train_loss, val_loss, score where there is one, captions_per_second
     "Train a caption model on stored features; a killed run goes on where it was"
     from tqdm.auto import tqdm
-    captions = lambda split: TokenisedCaptions(table[table.split == split], store, model.tokenizer, config.max_tokens)
+
+    captions = lambda split: TokenisedCaptions(
+        table[table.split == split], store, model.tokenizer, config.max_tokens
+    )
     learn, check = captions('train'), captions('val') if (table.split == 'val').any() else None
     run = _begin(model, learn, config, Path(folder), tracker)
     main = run.accelerator.is_main_process
-    with tqdm(total=config.epochs*run.steps, initial=run.epoch*run.steps + run.step, disable=not (progress and main), unit='step') as bar:
+    with tqdm(
+        total=config.epochs * run.steps,
+        initial=run.epoch * run.steps + run.step,
+        disable=not (progress and main),
+        unit='step',
+    ) as bar:
         try:
             while not run.over:
-                _one_epoch(run, bar); _close_epoch(run, check, score, tower)
-                if report and main: report(pd.DataFrame(run.history))
-        finally: _close(run)
-    run.accelerator.wait_for_everyone(); return pd.DataFrame(run.history)
+                _one_epoch(run, bar)
+                _close_epoch(run, check, score, tower)
+                if report and main:
+                    report(pd.DataFrame(run.history))
+        finally:
+            _close(run)
+    run.accelerator.wait_for_everyone()
+    return pd.DataFrame(run.history)
 
 # %% ../nbs/04_train.ipynb #04-036
 class LivePlot:
     "A `report` for `train` that draws the history in the notebook as it comes"
+
     shown = None
 
-    def __call__(self, history: pd.DataFrame):   # as `train` gives it
+    def __call__(self, history: pd.DataFrame):  # as `train` gives it
         "Draw, in the place of the last drawing"
         from IPython.display import display
-        if self.shown: self.shown.update(draw_history(history), metadata={'live': True})
-        else: self.shown = display(draw_history(history), display_id=True, metadata={'live': True})
+
+        if self.shown:
+            self.shown.update(draw_history(history), metadata={'live': True})
+        else:
+            self.shown = display(draw_history(history), display_id=True, metadata={'live': True})

@@ -1,262 +1,578 @@
 "clipcap.embed where a lesson would drown in it: every family of towers, kill -9, damage, a look-alike of the Hub"
-import hashlib, http.server, io, json, os, shutil, subprocess, sys, threading, time
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (AutoImageProcessor, AutoModel, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel, Dinov2Config,
-    Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, GPT2Config, GPT2Model, MobileNetV2Config, MobileNetV2Model, ResNetConfig,
-    ResNetModel, SiglipConfig, SiglipModel, SwinConfig, SwinModel, ViTConfig, ViTForImageClassification, ViTModel)
-from clipcap.data import ClipcapError, read_ahead
-from clipcap.embed import FeatureStore, VisionTower, embed_images, load_vision_model, pixels_of
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    GPT2Config,
+    GPT2Model,
+    MobileNetV2Config,
+    MobileNetV2Model,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from clipcap.base.files import ClipcapError
+from clipcap.base.photos import read_ahead
+from clipcap.base.store import FeatureStore
+from clipcap.embed import VisionTower, embed_images, load_vision_model, pixels_of
+
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
     "Such small models only lose by several threads"
     threads = torch.get_num_threads()
-    torch.set_num_threads(1); yield; torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 root = Path(__file__).resolve().parent.parent
 text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-sees = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64, patch_size=16)
-square, cropped = dict(size=dict(height=64, width=64)), dict(size=dict(shortest_edge=72), crop_size=dict(height=64, width=64), do_center_crop=True)
-families = dict(   # model, image processor and its settings, cells of its grid
-    clip=(lambda: CLIPModel(CLIPConfig(text_config=dict(**text, vocab_size=9, bos_token_id=0, eos_token_id=1), vision_config=sees, projection_dim=24)),
-          'CLIPImageProcessor', cropped, 16),
-    siglip=(lambda: SiglipModel(SiglipConfig(text_config=dict(**text, vocab_size=9), vision_config=sees)), 'SiglipImageProcessor', square, 16),
+sees = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    image_size=64,
+    patch_size=16,
+)
+square, cropped = (
+    dict(size=dict(height=64, width=64)),
+    dict(size=dict(shortest_edge=72), crop_size=dict(height=64, width=64), do_center_crop=True),
+)
+families = dict(  # model, image processor and its settings, cells of its grid
+    clip=(
+        lambda: CLIPModel(
+            CLIPConfig(
+                text_config=dict(**text, vocab_size=9, bos_token_id=0, eos_token_id=1),
+                vision_config=sees,
+                projection_dim=24,
+            )
+        ),
+        'CLIPImageProcessor',
+        cropped,
+        16,
+    ),
+    siglip=(
+        lambda: SiglipModel(
+            SiglipConfig(text_config=dict(**text, vocab_size=9), vision_config=sees)
+        ),
+        'SiglipImageProcessor',
+        square,
+        16,
+    ),
     dinov2=(lambda: Dinov2Model(Dinov2Config(**sees)), 'BitImageProcessor', cropped, 16),
-    registers=(lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sees)), 'BitImageProcessor', cropped, 16),
+    registers=(
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sees)),
+        'BitImageProcessor',
+        cropped,
+        16,
+    ),
     vit=(lambda: ViTModel(ViTConfig(**sees)), 'ViTImageProcessor', square, 16),
-    swin=(lambda: SwinModel(SwinConfig(image_size=64, patch_size=4, window_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2])), 'ViTImageProcessor', square, 49),
-    resnet=(lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type='basic')), 'ConvNextImageProcessor',
-            dict(size=dict(shortest_edge=64)), 49),
-    convnext=(lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1]*4)), 'ConvNextImageProcessor', dict(size=dict(shortest_edge=64)), 4),
-    mobilenet=(lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.25)), 'MobileNetV2ImageProcessor', cropped, 4))
+    swin=(
+        lambda: SwinModel(
+            SwinConfig(
+                image_size=64,
+                patch_size=4,
+                window_size=4,
+                embed_dim=16,
+                depths=[1, 1],
+                num_heads=[2, 2],
+            )
+        ),
+        'ViTImageProcessor',
+        square,
+        49,
+    ),
+    resnet=(
+        lambda: ResNetModel(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type='basic')
+        ),
+        'ConvNextImageProcessor',
+        dict(size=dict(shortest_edge=64)),
+        49,
+    ),
+    convnext=(
+        lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1] * 4)),
+        'ConvNextImageProcessor',
+        dict(size=dict(shortest_edge=64)),
+        4,
+    ),
+    mobilenet=(
+        lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.25)),
+        'MobileNetV2ImageProcessor',
+        cropped,
+        4,
+    ),
+)
+
 
 def picture(seed, size=(80, 60)):
     "Coarse coloured noise"
     cells = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
+
 def write_tower(folder, model, kind, settings):
     "A transformers folder, with a processor as the Hub has it"
     model.save_pretrained(folder)
-    (folder/'preprocessor_config.json').write_text(json.dumps(dict(image_processor_type=kind, **settings)))
+    (folder / 'preprocessor_config.json').write_text(
+        json.dumps(dict(image_processor_type=kind, **settings))
+    )
     return folder
+
 
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory):
     "A folder of each family"
     torch.manual_seed(0)
     base = tmp_path_factory.mktemp('towers')
-    return {name: write_tower(base/name, make().eval(), kind, settings) for name, (make, kind, settings, _) in families.items()}
+    return {
+        name: write_tower(base / name, make().eval(), kind, settings)
+        for name, (make, kind, settings, _) in families.items()
+    }
+
 
 @pytest.fixture(scope='session')
 def photos(tmp_path_factory):
     "24 photos in a folder"
     base = tmp_path_factory.mktemp('photos')
-    for i in range(24): picture(i).save(base/f'{i:02}.png')
+    for i in range(24):
+        picture(i).save(base / f'{i:02}.png')
     return sorted(base.iterdir())
 
+
 @pytest.fixture(scope='session')
-def tower(folders): return VisionTower.from_pretrained(folders['resnet'], 'grid', device='cpu')
+def tower(folders):
+    return VisionTower.from_pretrained(folders['resnet'], 'grid', device='cpu')
+
 
 def refuses(*what):
     "One line of ClipcapError with all these words"
+
     class Refusal:
-        def __enter__(self): return self
+        def __enter__(self):
+            return self
+
         def __exit__(self, kind, error, _):
             assert kind is ClipcapError, f'{kind}: {error}'
             assert '\n' not in str(error) and all(word in str(error) for word in what), str(error)
             return True
+
     return Refusal()
+
 
 # ---- towers
 @pytest.mark.parametrize('name', families)
 def test_family(name, folders, capfd):
     original = AutoModel.from_pretrained(folders[name]).eval()
     capfd.readouterr()
-    towers = {kind: VisionTower.from_pretrained(folders[name], kind, device='cpu') for kind in ('pooled', 'grid')}
+    towers = {
+        kind: VisionTower.from_pretrained(folders[name], kind, device='cpu')
+        for kind in ('pooled', 'grid')
+    }
     assert capfd.readouterr() == ('', ''), 'loading is silent'
-    pictures, processor = [picture(1), picture(2, (60, 90))], AutoImageProcessor.from_pretrained(folders[name], backend='pil')
-    pixels, theirs = towers['grid'].preprocess(pictures), torch.from_numpy(np.stack([processor(images=[p])['pixel_values'][0] for p in pictures]))
+    pictures, processor = (
+        [picture(1), picture(2, (60, 90))],
+        AutoImageProcessor.from_pretrained(folders[name], backend='pil'),
+    )
+    pixels, theirs = (
+        towers['grid'].preprocess(pictures),
+        torch.from_numpy(np.stack([processor(images=[p])['pixel_values'][0] for p in pictures])),
+    )
     with torch.no_grad():
-        seen = (original.vision_model if name in ('clip', 'siglip') else original)(pixel_values=theirs)
+        seen = (original.vision_model if name in ('clip', 'siglip') else original)(
+            pixel_values=theirs
+        )
     torch.testing.assert_close(towers['pooled'](pixels)[:, 0], seen.pooler_output.flatten(1))
     grid, hidden, cells = towers['grid'](pixels), seen.last_hidden_state, families[name][3]
-    assert grid.shape == (2, cells, hidden.shape[1 if hidden.ndim == 4 else 2]) == (2, towers['grid'].cells, towers['grid'].dim)
-    if name == 'swin': return   # 64 merged patches, averaged down to 49 cells
-    if hidden.ndim == 4: hidden = torch.nn.functional.adaptive_avg_pool2d(hidden, int(cells**0.5)).flatten(2).transpose(1, 2)
+    assert (
+        grid.shape
+        == (2, cells, hidden.shape[1 if hidden.ndim == 4 else 2])
+        == (2, towers['grid'].cells, towers['grid'].dim)
+    )
+    if name == 'swin':
+        return  # 64 merged patches, averaged down to 49 cells
+    if hidden.ndim == 4:
+        hidden = (
+            torch.nn.functional.adaptive_avg_pool2d(hidden, int(cells**0.5))
+            .flatten(2)
+            .transpose(1, 2)
+        )
     torch.testing.assert_close(grid, hidden[:, -cells:])
     if name == 'clip':
         projected = VisionTower.from_pretrained(folders[name], 'projected', device='cpu')
-        torch.testing.assert_close(projected(pixels)[:, 0], original.get_image_features(pixel_values=theirs).pooler_output)
+        torch.testing.assert_close(
+            projected(pixels)[:, 0], original.get_image_features(pixel_values=theirs).pooler_output
+        )
         assert not any('text' in key for key in projected.model.state_dict())
     else:
-        with refuses("'projected'", 'pooled, grid'): VisionTower.from_pretrained(folders[name], 'projected')
+        with refuses("'projected'", 'pooled, grid'):
+            VisionTower.from_pretrained(folders[name], 'projected')
+
 
 @pytest.mark.parametrize('name', families)
 def test_image_size(name, folders):
     tower = VisionTower.from_pretrained(folders[name], 'grid', image_size=96, device='cpu')
     pixels = tower.preprocess([picture(1), picture(2, (60, 90))])
-    assert pixels.shape == (2, 3, 96, 96) and torch.equal(pixels[1:], tower.preprocess([picture(2, (60, 90))]))
-    assert tower(pixels).shape == (2, tower.cells, tower.dim) and tower.describe()['image_size'] == 96
-    ends, own = (pixels_of([Image.new('RGB', (64, 64), c) for c in ('black', 'white')], tower.processor, size) for size in (96, None))
-    torch.testing.assert_close(ends[:, :, 48, 48], own[:, :, 32, 32])   # the same arithmetic
+    assert pixels.shape == (2, 3, 96, 96) and torch.equal(
+        pixels[1:], tower.preprocess([picture(2, (60, 90))])
+    )
+    assert (
+        tower(pixels).shape == (2, tower.cells, tower.dim) and tower.describe()['image_size'] == 96
+    )
+    ends, own = (
+        pixels_of(
+            [Image.new('RGB', (64, 64), c) for c in ('black', 'white')], tower.processor, size
+        )
+        for size in (96, None)
+    )
+    torch.testing.assert_close(ends[:, :, 48, 48], own[:, :, 32, 32])  # the same arithmetic
+
 
 @pytest.mark.parametrize('name', families)
 def test_hypercolumn(name, folders):
-    column, pooled = (VisionTower.from_pretrained(folders[name], kind, image_size=96, device='cpu') for kind in ('hypercolumn', 'pooled'))
+    column, pooled = (
+        VisionTower.from_pretrained(folders[name], kind, image_size=96, device='cpu')
+        for kind in ('hypercolumn', 'pooled')
+    )
     pixels = column.preprocess([picture(1), picture(2, (60, 90))])
     seen, mirrored = column(pixels), column(pixels.flip(3))
-    assert seen.shape == (2, 1, column.dim) and column.dim > 2*pooled.dim and seen.isfinite().all()
-    torch.testing.assert_close(seen[..., :pooled.dim], pooled(pixels))
-    torch.testing.assert_close(mirrored[..., pooled.dim:], seen[..., pooled.dim:], atol=1e-4, rtol=1e-3)   # the mirror image has the same one
+    assert (
+        seen.shape == (2, 1, column.dim) and column.dim > 2 * pooled.dim and seen.isfinite().all()
+    )
+    torch.testing.assert_close(seen[..., : pooled.dim], pooled(pixels))
+    torch.testing.assert_close(
+        mirrored[..., pooled.dim :], seen[..., pooled.dim :], atol=1e-4, rtol=1e-3
+    )  # the mirror image has the same one
     torch.testing.assert_close(column(pixels[1:]), seen[1:], atol=1e-4, rtol=1e-3)
 
+
 def test_grids_are_averaged_down_and_registers_left_out(folders):
-    tower = VisionTower.from_pretrained(folders['registers'], 'grid', image_size=256, device='cpu')   # 16 x 16 patches, 1 class token, 4 registers
+    tower = VisionTower.from_pretrained(
+        folders['registers'], 'grid', image_size=256, device='cpu'
+    )  # 16 x 16 patches, 1 class token, 4 registers
     pixels = tower.preprocess([picture(3)])
-    with torch.no_grad(): patches = tower.model(pixel_values=pixels_of([picture(3)], tower.processor, 256)).last_hidden_state[:, 5:].transpose(1, 2).unflatten(2, (16, 16))
-    torch.testing.assert_close(tower(pixels), torch.nn.functional.adaptive_avg_pool2d(patches, 7).flatten(2).transpose(1, 2))
-    assert VisionTower.from_pretrained(folders['registers'], 'grid', image_size=256, max_cells=20, device='cpu').cells == 16
+    with torch.no_grad():
+        patches = (
+            tower.model(pixel_values=pixels_of([picture(3)], tower.processor, 256))
+            .last_hidden_state[:, 5:]
+            .transpose(1, 2)
+            .unflatten(2, (16, 16))
+        )
+    torch.testing.assert_close(
+        tower(pixels),
+        torch.nn.functional.adaptive_avg_pool2d(patches, 7).flatten(2).transpose(1, 2),
+    )
+    assert (
+        VisionTower.from_pretrained(
+            folders['registers'], 'grid', image_size=256, max_cells=20, device='cpu'
+        ).cells
+        == 16
+    )
+
 
 def test_what_was_never_trained_is_not_used(tmp_path):
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(**sees)).eval()
-    tower = VisionTower.from_pretrained(write_tower(tmp_path/'vit', model, 'ViTImageProcessor', square), 'pooled', device='cpu')
+    tower = VisionTower.from_pretrained(
+        write_tower(tmp_path / 'vit', model, 'ViTImageProcessor', square), 'pooled', device='cpu'
+    )
     pixels = tower.preprocess([picture(1)])
-    with torch.no_grad(): torch.testing.assert_close(tower(pixels)[:, 0], model.vit(pixel_values=pixels_of([picture(1)], tower.processor)).last_hidden_state[:, 0])
-    tower.save_pretrained(tmp_path/'again')
-    assert VisionTower.from_pretrained(tmp_path/'again', device='cpu').fingerprint == tower.fingerprint
-    half = write_tower(tmp_path/'half', CLIPVisionModel(CLIPVisionConfig(**sees)), 'CLIPImageProcessor', cropped)
-    with refuses('projected'): VisionTower.from_pretrained(half, 'projected')
-    weights = {k: v for k, v in model.state_dict().items() if 'layers.1' not in k and 'layer.1' not in k}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tower(pixels)[:, 0],
+            model.vit(pixel_values=pixels_of([picture(1)], tower.processor)).last_hidden_state[
+                :, 0
+            ],
+        )
+    tower.save_pretrained(tmp_path / 'again')
+    assert (
+        VisionTower.from_pretrained(tmp_path / 'again', device='cpu').fingerprint
+        == tower.fingerprint
+    )
+    half = write_tower(
+        tmp_path / 'half', CLIPVisionModel(CLIPVisionConfig(**sees)), 'CLIPImageProcessor', cropped
+    )
+    with refuses('projected'):
+        VisionTower.from_pretrained(half, 'projected')
+    weights = {
+        k: v for k, v in model.state_dict().items() if 'layers.1' not in k and 'layer.1' not in k
+    }
     assert len(weights) < len(model.state_dict())
-    model.save_pretrained(tmp_path/'vit', state_dict=weights)
-    with refuses('vit', 'missing'): load_vision_model(tmp_path/'vit')
+    model.save_pretrained(tmp_path / 'vit', state_dict=weights)
+    with refuses('vit', 'missing'):
+        load_vision_model(tmp_path / 'vit')
+
 
 def test_refusals(tmp_path, folders):
-    with refuses('./nothing', 'no such folder', 'give a folder'): load_vision_model('./nothing')
-    with refuses('some/model', 'a vision model of the Hub'): load_vision_model('some/model')   # HF_HUB_OFFLINE, see conftest.py
-    (tmp_path/'empty').mkdir()
-    with refuses('empty'): load_vision_model(tmp_path/'empty')
-    with refuses('gpt2', 'does not see photos'): load_vision_model(write_tower(tmp_path/'gpt2', GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1)), '', {}))
-    bare = shutil.copytree(folders['vit'], tmp_path/'bare'); (bare/'preprocessor_config.json').unlink()
-    with refuses('bare', 'preprocessor_config.json'): load_vision_model(bare)
-    cut = shutil.copytree(folders['vit'], tmp_path/'cut'); (cut/'model.safetensors').write_bytes((cut/'model.safetensors').read_bytes()[:999])
-    with refuses('cut'): load_vision_model(cut)
-    with refuses('abacus'): VisionTower.from_pretrained(folders['vit'], device='abacus')
-    with refuses("'best'", 'pooled'): VisionTower.from_pretrained(folders['vit'], 'best')
-    loose = write_tower(tmp_path/'loose', families['resnet'][0](), 'BitImageProcessor', dict(size=dict(shortest_edge=64), do_center_crop=False))
-    with refuses('BitImageProcessor', 'image_size'): VisionTower.from_pretrained(loose)
+    with refuses('./nothing', 'no such folder', 'give a folder'):
+        load_vision_model('./nothing')
+    with refuses('some/model', 'a vision model of the Hub'):
+        load_vision_model('some/model')  # HF_HUB_OFFLINE, see conftest.py
+    (tmp_path / 'empty').mkdir()
+    with refuses('empty'):
+        load_vision_model(tmp_path / 'empty')
+    with refuses('gpt2', 'does not see photos'):
+        load_vision_model(
+            write_tower(
+                tmp_path / 'gpt2', GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1)), '', {}
+            )
+        )
+    bare = shutil.copytree(folders['vit'], tmp_path / 'bare')
+    (bare / 'preprocessor_config.json').unlink()
+    with refuses('bare', 'preprocessor_config.json'):
+        load_vision_model(bare)
+    cut = shutil.copytree(folders['vit'], tmp_path / 'cut')
+    (cut / 'model.safetensors').write_bytes((cut / 'model.safetensors').read_bytes()[:999])
+    with refuses('cut'):
+        load_vision_model(cut)
+    with refuses('abacus'):
+        VisionTower.from_pretrained(folders['vit'], device='abacus')
+    with refuses("'best'", 'pooled'):
+        VisionTower.from_pretrained(folders['vit'], 'best')
+    loose = write_tower(
+        tmp_path / 'loose',
+        families['resnet'][0](),
+        'BitImageProcessor',
+        dict(size=dict(shortest_edge=64), do_center_crop=False),
+    )
+    with refuses('BitImageProcessor', 'image_size'):
+        VisionTower.from_pretrained(loose)
     assert VisionTower.from_pretrained(loose, image_size=64, device='cpu').cells == 1
 
+
 def test_fingerprint(folders):
-    load = lambda name='clip', kind='pooled', **more: VisionTower.from_pretrained(folders[name], kind, device='cpu', **more)
-    towers = [load(), load(kind='grid'), load(kind='projected'), load(image_size=64), load('siglip')]
+    load = lambda name='clip', kind='pooled', **more: VisionTower.from_pretrained(
+        folders[name], kind, device='cpu', **more
+    )
+    towers = [
+        load(),
+        load(kind='grid'),
+        load(kind='projected'),
+        load(image_size=64),
+        load('siglip'),
+    ]
     assert len({t.fingerprint for t in towers}) == 5 and load().fingerprint == towers[0].fingerprint
     processor, model = towers[0].processor, CLIPModel.from_pretrained(folders['clip'])
-    assert VisionTower(model, processor, 'pooled').fingerprint == VisionTower(model.vision_model, processor, 'pooled').fingerprint == towers[0].fingerprint
-    with torch.no_grad(): model.vision_model.post_layernorm.weight += 0.01
+    assert (
+        VisionTower(model, processor, 'pooled').fingerprint
+        == VisionTower(model.vision_model, processor, 'pooled').fingerprint
+        == towers[0].fingerprint
+    )
+    with torch.no_grad():
+        model.vision_model.post_layernorm.weight += 0.01
     assert VisionTower(model, processor, 'pooled').fingerprint != towers[0].fingerprint
     processor.image_mean = [0.4, 0.5, 0.5]
     assert VisionTower(towers[0].model, processor, 'pooled').fingerprint != towers[0].fingerprint
 
+
 def test_real_tower(tmp_path, photos):
-    folder = root.parent/'shared'/'models'/'mobilenet_v2_1.0_224'
-    if not folder.exists(): pytest.skip(f'{folder} is not on this machine')
-    grid, pooled = (VisionTower.from_pretrained(folder, kind, device='cpu') for kind in ('grid', 'pooled'))
-    store = embed_images(grid, photos[:4], tmp_path/'store', progress=False)
+    folder = root.parent / 'shared' / 'models' / 'mobilenet_v2_1.0_224'
+    if not folder.exists():
+        pytest.skip(f'{folder} is not on this machine')
+    grid, pooled = (
+        VisionTower.from_pretrained(folder, kind, device='cpu') for kind in ('grid', 'pooled')
+    )
+    store = embed_images(grid, photos[:4], tmp_path / 'store', progress=False)
     assert store.features.shape == (4, 49, 1280)
     pixels = pooled.preprocess([Image.open(p).convert('RGB') for p in photos[:4]])
-    torch.testing.assert_close(torch.tensor(store[:]).float().mean(1), pooled(pixels)[:, 0], atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(
+        torch.tensor(store[:]).float().mean(1), pooled(pixels)[:, 0], atol=5e-3, rtol=5e-3
+    )
+
 
 # ---- the store
 def test_names_duplicates_and_order(tmp_path, photos, tower, capfd):
-    store = embed_images(tower, [photos[3], photos[1], photos[3], photos[0]], tmp_path/'a', batch_size=2)
-    assert store.names == ['03.png', '01.png', '00.png'] and len(store) == 3 and store.rows(['00.png', '03.png']).tolist() == [2, 0]
-    assert 'photos' in capfd.readouterr().err   # the bar
-    assert store[[2, 0]].shape == (2, tower.cells, tower.dim) and store.features.dtype == np.float16 and isinstance(store.features, np.memmap)
-    for index in 1, -1, slice(0, 2), [2, 2, 0], np.array([True, False, True]): assert np.array_equal(store[index], store.features[index])
-    with pytest.raises(IndexError): store[3]
-    alone = embed_images(tower, photos[1:2], tmp_path/'b', progress=False)
+    store = embed_images(
+        tower, [photos[3], photos[1], photos[3], photos[0]], tmp_path / 'a', batch_size=2
+    )
+    assert (
+        store.names == ['03.png', '01.png', '00.png']
+        and len(store) == 3
+        and store.rows(['00.png', '03.png']).tolist() == [2, 0]
+    )
+    assert 'photos' in capfd.readouterr().err  # the bar
+    assert (
+        store[[2, 0]].shape == (2, tower.cells, tower.dim)
+        and store.features.dtype == np.float16
+        and isinstance(store.features, np.memmap)
+    )
+    for index in 1, -1, slice(0, 2), [2, 2, 0], np.array([True, False, True]):
+        assert np.array_equal(store[index], store.features[index])
+    with pytest.raises(IndexError):
+        store[3]
+    alone = embed_images(tower, photos[1:2], tmp_path / 'b', progress=False)
     np.testing.assert_allclose(alone[0], store[1], atol=2e-3, rtol=2e-3)
-    named = embed_images(tower, photos[:2], tmp_path/'c', root=photos[0].parent.parent, progress=False)
+    named = embed_images(
+        tower, photos[:2], tmp_path / 'c', root=photos[0].parent.parent, progress=False
+    )
     assert named.names == [f'{photos[0].parent.name}/0{i}.png' for i in range(2)]
-    with refuses('root'): embed_images(tower, photos[:2], tmp_path/'d', root=tmp_path)
-    with refuses('name of their own'): embed_images(tower, ['x/1.png', 'y/1.png'], tmp_path/'d')
-    with refuses('root'): embed_images(tower, [], tmp_path/'d')
-    with refuses('lacks 2 of 3', 'nobody.png'): store.rows(['03.png', 'nobody.png', 'x.png'])
-    (tmp_path/'file').write_text('')
-    with refuses('cannot be written'): embed_images(tower, photos[:2], tmp_path/'file'/'store', progress=False)
-    assert not (tmp_path/'d').exists()
+    with refuses('root'):
+        embed_images(tower, photos[:2], tmp_path / 'd', root=tmp_path)
+    with refuses('name of their own'):
+        embed_images(tower, ['x/1.png', 'y/1.png'], tmp_path / 'd')
+    with refuses('root'):
+        embed_images(tower, [], tmp_path / 'd')
+    with refuses('lacks 2 of 3', 'nobody.png'):
+        store.rows(['03.png', 'nobody.png', 'x.png'])
+    (tmp_path / 'file').write_text('')
+    with refuses('cannot be written'):
+        embed_images(tower, photos[:2], tmp_path / 'file' / 'store', progress=False)
+    assert not (tmp_path / 'd').exists()
+
 
 def test_broken_photos_are_named_and_mended(tmp_path, photos, tower):
-    good, cut, lost = tmp_path/'good.png', tmp_path/'cut.png', tmp_path/'lost.png'
-    good.write_bytes(photos[0].read_bytes()); cut.write_bytes(photos[1].read_bytes()[:300])
-    with pytest.warns(UserWarning) as said: store = embed_images(tower, [cut, good, lost], tmp_path/'store', progress=False)
+    good, cut, lost = tmp_path / 'good.png', tmp_path / 'cut.png', tmp_path / 'lost.png'
+    good.write_bytes(photos[0].read_bytes())
+    cut.write_bytes(photos[1].read_bytes()[:300])
+    with pytest.warns(UserWarning) as said:
+        store = embed_images(tower, [cut, good, lost], tmp_path / 'store', progress=False)
     assert store.names == ['good.png'] and set(store.skipped) == {'cut.png', 'lost.png'}
-    assert [w.message.args[0].split(':')[0] for w in said] == [str(cut), str(lost)] and '\n' not in str(said[0].message)
-    with refuses('cut.png', 'lost.png'): store.rows(['cut.png', 'lost.png', 'good.png'])
+    assert [w.message.args[0].split(':')[0] for w in said] == [
+        str(cut),
+        str(lost),
+    ] and '\n' not in str(said[0].message)
+    with refuses('cut.png', 'lost.png'):
+        store.rows(['cut.png', 'lost.png', 'good.png'])
     cut.write_bytes(photos[1].read_bytes())
-    with pytest.warns(UserWarning, match='lost.png'): store = embed_images(tower, [cut, good, lost], tmp_path/'store', progress=False)
+    with pytest.warns(UserWarning, match='lost.png'):
+        store = embed_images(tower, [cut, good, lost], tmp_path / 'store', progress=False)
     assert store.names == ['good.png', 'cut.png'] and set(store.skipped) == {'lost.png'}
-    with pytest.warns(UserWarning), refuses('none of 1', 'lost.png'): embed_images(tower, [lost], tmp_path/'none', progress=False)
+    with pytest.warns(UserWarning), refuses('none of 1', 'lost.png'):
+        embed_images(tower, [lost], tmp_path / 'none', progress=False)
+
 
 def test_other_features_are_refused(tmp_path, photos, tower, folders):
-    embed_images(tower, photos[:3], tmp_path/'store', progress=False)
+    embed_images(tower, photos[:3], tmp_path / 'store', progress=False)
     other = VisionTower.from_pretrained(folders['resnet'], 'pooled', device='cpu')
-    with refuses('holds grid features', tower.fingerprint, other.fingerprint, 'another folder'): embed_images(other, photos[:3], tmp_path/'store')
-    with refuses('holds grid features'): FeatureStore.open(tmp_path/'store', other.fingerprint)
-    assert len(FeatureStore.open(tmp_path/'store', tower.fingerprint)) == 3
+    with refuses('holds grid features', tower.fingerprint, other.fingerprint, 'another folder'):
+        embed_images(other, photos[:3], tmp_path / 'store')
+    with refuses('holds grid features'):
+        FeatureStore.open(tmp_path / 'store', other.fingerprint)
+    assert len(FeatureStore.open(tmp_path / 'store', tower.fingerprint)) == 3
+
 
 def test_damage_is_noticed(tmp_path, photos, tower):
-    store = embed_images(tower, photos[:5], tmp_path/'store', progress=False)
-    manifest, rows = (store.folder/name for name in ('manifest.json', 'features.npy'))
+    store = embed_images(tower, photos[:5], tmp_path / 'store', progress=False)
+    manifest, rows = (store.folder / name for name in ('manifest.json', 'features.npy'))
     whole = manifest.read_text(), rows.read_bytes()
+
     def damaged(file, content):
         file.write_bytes(content)
-        with refuses(str(store.folder)): FeatureStore.open(store.folder)
-        with refuses(str(store.folder)): embed_images(tower, photos, store.folder, progress=False)
-        manifest.write_text(whole[0]); rows.write_bytes(whole[1])
-    damaged(manifest, whole[0].encode()[:50]); damaged(manifest, b'[]'); damaged(manifest, b'{}')
-    damaged(rows, whole[1][:-1]); damaged(rows, b''); damaged(rows, b'not an array')
-    np.save(pickled := io.BytesIO(), np.array([{}], dtype=object), allow_pickle=True); damaged(rows, pickled.getvalue())
-    for other in np.zeros((5, 2, 2), np.float16), np.zeros((4, *store[0].shape), np.float16), np.zeros((5, *store[0].shape), np.float32):
-        np.save(array := io.BytesIO(), other); damaged(rows, array.getvalue())
+        with refuses(str(store.folder)):
+            FeatureStore.open(store.folder)
+        with refuses(str(store.folder)):
+            embed_images(tower, photos, store.folder, progress=False)
+        manifest.write_text(whole[0])
+        rows.write_bytes(whole[1])
+
+    damaged(manifest, whole[0].encode()[:50])
+    damaged(manifest, b'[]')
+    damaged(manifest, b'{}')
+    damaged(rows, whole[1][:-1])
+    damaged(rows, b'')
+    damaged(rows, b'not an array')
+    np.save(pickled := io.BytesIO(), np.array([{}], dtype=object), allow_pickle=True)
+    damaged(rows, pickled.getvalue())
+    for other in (
+        np.zeros((5, 2, 2), np.float16),
+        np.zeros((4, *store[0].shape), np.float16),
+        np.zeros((5, *store[0].shape), np.float32),
+    ):
+        np.save(array := io.BytesIO(), other)
+        damaged(rows, array.getvalue())
     manifest.unlink()
-    with refuses('features.npy'): embed_images(tower, photos, store.folder)   # somebody else's array is not written over
+    with refuses('features.npy'):
+        embed_images(tower, photos, store.folder)  # somebody else's array is not written over
     assert rows.read_bytes() == whole[1]
+
 
 def test_read_ahead_is_bounded():
     read, lock = [], threading.Lock()
+
     def note(source):
-        with lock: read.append(source)
-        if source == 5: raise ClipcapError('five')
+        with lock:
+            read.append(source)
+        if source == 5:
+            raise ClipcapError('five')
         return -source
-    for n, batch in enumerate(read_ahead(list(range(40)), note, batch_size=4, workers=3, keep_faults=True)):
+
+    for n, batch in enumerate(
+        read_ahead(list(range(40)), note, batch_size=4, workers=3, keep_faults=True)
+    ):
         time.sleep(0.01)
-        assert len(read) <= 4*(n + 3)
-        assert [s for s, _ in batch] == list(range(4*n, 4*n + 4)) and all(r == -s or s == 5 for s, r in batch)
+        assert len(read) <= 4 * (n + 3)
+        assert [s for s, _ in batch] == list(range(4 * n, 4 * n + 4)) and all(
+            r == -s or s == 5 for s, r in batch
+        )
     assert len(read) == 40 and n == 9
+
 
 def test_a_large_store_opens_at_once_and_stays_on_disk(tmp_path):
     n, cells, dim = 100_000, 49, 512
-    with open(tmp_path/'features.npy', 'wb') as file:
-        np.lib.format.write_array_header_1_0(file, dict(descr='<f2', fortran_order=False, shape=(n, cells, dim)))
-        file.truncate(file.tell() + 2*n*cells*dim)   # 5 GB, none of it written
+    with open(tmp_path / 'features.npy', 'wb') as file:
+        np.lib.format.write_array_header_1_0(
+            file, dict(descr='<f2', fortran_order=False, shape=(n, cells, dim))
+        )
+        file.truncate(file.tell() + 2 * n * cells * dim)  # 5 GB, none of it written
     names = [f'{i:012}.jpg' for i in range(n)]
-    (tmp_path/'manifest.json').write_text(json.dumps(dict(whole=True, fingerprint='f', tower=dict(cells=cells, dim=dim), skipped={}, names=names)))
-    memory = lambda: int(Path('/proc/self/statm').read_text().split()[1])*4096
+    (tmp_path / 'manifest.json').write_text(
+        json.dumps(
+            dict(
+                whole=True,
+                fingerprint='f',
+                tower=dict(cells=cells, dim=dim),
+                skipped={},
+                names=names,
+            )
+        )
+    )
+    memory = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096
     before, start = memory(), time.process_time()
     store = FeatureStore.open(tmp_path, 'f')
     rows = store.rows(names[::7])
     assert time.process_time() - start < 1 and rows[-1] == 99_995
     opened = memory()
-    for batch in np.random.default_rng(0).permutation(rows)[:1024].reshape(-1, 64): assert store[batch].shape == (64, cells, dim)   # 51 MB
-    assert opened - before < 60e6 and memory() - opened < 20e6, f'{(opened - before)/1e6:.0f} and {(memory() - opened)/1e6:.0f} MB more'
+    for batch in np.random.default_rng(0).permutation(rows)[:1024].reshape(-1, 64):
+        assert store[batch].shape == (64, cells, dim)  # 51 MB
+    assert opened - before < 60e6 and memory() - opened < 20e6, (
+        f'{(opened - before) / 1e6:.0f} and {(memory() - opened) / 1e6:.0f} MB more'
+    )
+
 
 # ---- kill -9
 killed = '''
@@ -296,62 +612,141 @@ for die_at in map(int, sys.argv[4:]):
 print(tower.fingerprint)
 '''
 
+
 def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path, folders, photos, tower):
-    (tmp_path/'photos').mkdir(); (tmp_path/'stores').mkdir()
-    for p in photos[:22]: (tmp_path/'photos'/p.name).write_bytes(p.read_bytes())
-    (tmp_path/'photos'/'05.png').write_bytes(b'broken')
-    points = ['1', '2', '3', '5', '8', '9', '13', '22', '24']   # a start has 6 steps, every batch 3, the end 3
-    run = subprocess.run([sys.executable, '-c', killed, folders['resnet'], tmp_path/'photos', tmp_path/'stores', *points], text=True, capture_output=True, cwd=root)
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'stores').mkdir()
+    for p in photos[:22]:
+        (tmp_path / 'photos' / p.name).write_bytes(p.read_bytes())
+    (tmp_path / 'photos' / '05.png').write_bytes(b'broken')
+    points = [
+        '1',
+        '2',
+        '3',
+        '5',
+        '8',
+        '9',
+        '13',
+        '22',
+        '24',
+    ]  # a start has 6 steps, every batch 3, the end 3
+    run = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            killed,
+            folders['resnet'],
+            tmp_path / 'photos',
+            tmp_path / 'stores',
+            *points,
+        ],
+        text=True,
+        capture_output=True,
+        cwd=root,
+    )
     assert run.returncode == 0, run.stderr
     *lines, fingerprint = run.stdout.splitlines()
-    assert lines == [f'{n} 9' for n in points] and fingerprint == tower.fingerprint   # signal 9; never whole; the same name in every process
+    assert (
+        lines == [f'{n} 9' for n in points] and fingerprint == tower.fingerprint
+    )  # signal 9; never whole; the same name in every process
     for name in points:
         for file in 'features.npy', 'manifest.json':
-            assert (tmp_path/'stores'/name/file).read_bytes() == (tmp_path/'stores'/'unbroken'/file).read_bytes(), (name, file)
-        assert len(list((tmp_path/'stores'/name).iterdir())) == 2
-    store = FeatureStore.open(tmp_path/'stores'/'1')
+            assert (tmp_path / 'stores' / name / file).read_bytes() == (
+                tmp_path / 'stores' / 'unbroken' / file
+            ).read_bytes(), (name, file)
+        assert len(list((tmp_path / 'stores' / name).iterdir())) == 2
+    store = FeatureStore.open(tmp_path / 'stores' / '1')
     assert len(store) == 21 and list(store.skipped) == ['05.png']
+
 
 # ---- the Hub
 class LookAlike(http.server.BaseHTTPRequestHandler):
     "As much of the Hub as a download needs"
-    def do_HEAD(self): self.do_GET()
+
+    def do_HEAD(self):
+        self.do_GET()
+
     def do_GET(self):
         owner, name, *rest = self.path.split('?')[0].strip('/').split('/') + ['', '']
-        file = Path(self.server.folder)/name/'/'.join(rest[2:]).rstrip('/')
+        file = Path(self.server.folder) / name / '/'.join(rest[2:]).rstrip('/')
         found = rest[0] == 'resolve' and file.is_file()
         body = file.read_bytes() if found else b''
         self.send_response(200 if found else 404)
-        if found: self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"'); self.send_header('X-Repo-Commit', 'a'*40)
-        else: self.send_header('X-Error-Code', 'EntryNotFound' if file.parent.is_dir() and name and rest[0] == 'resolve' else 'RepoNotFound')
-        self.send_header('Content-Length', str(len(body))); self.end_headers()
-        if self.command == 'GET': self.wfile.write(body)
-    def log_message(self, *_): pass
+        if found:
+            self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header('X-Repo-Commit', 'a' * 40)
+        else:
+            self.send_header(
+                'X-Error-Code',
+                'EntryNotFound'
+                if file.parent.is_dir() and name and rest[0] == 'resolve'
+                else 'RepoNotFound',
+            )
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
 
 asking = '''
 import sys, time
-from clipcap.embed import ClipcapError, VisionTower
+from clipcap.base.files import ClipcapError
+from clipcap.embed import VisionTower
 for name in sys.stdin:
     start = time.time()
     try: print(name.strip(), VisionTower.from_pretrained(name.strip(), device='cpu').fingerprint, flush=True)
     except ClipcapError as error: print(f'{time.time() - start:.0f}', error, flush=True)
 '''
 
+
 def test_hub(tmp_path, folders):
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), LookAlike)
     server.folder = folders['clip'].parent
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy')}
-    env |= dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path), HF_HUB_DISABLE_TELEMETRY='1')
-    with subprocess.Popen([sys.executable, '-c', asking], text=True, stdin=-1, stdout=-1, stderr=-1, env=env, cwd=root) as run:
-        def ask(name): run.stdin.write(name + '\n'); run.stdin.flush(); return run.stdout.readline()
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ('HF_HUB_OFFLINE', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy')
+    }
+    env |= dict(
+        HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
+        HF_HOME=str(tmp_path),
+        HF_HUB_DISABLE_TELEMETRY='1',
+    )
+    with subprocess.Popen(
+        [sys.executable, '-c', asking], text=True, stdin=-1, stdout=-1, stderr=-1, env=env, cwd=root
+    ) as run:
+
+        def ask(name):
+            run.stdin.write(name + '\n')
+            run.stdin.flush()
+            return run.stdout.readline()
+
         expected = VisionTower.from_pretrained(folders['clip'], device='cpu').fingerprint
         assert ask('someone/clip').split() == ['someone/clip', expected]
         missing = ask('someone/nothing')
-        assert 'someone/nothing' in missing and 'not a valid model identifier' in missing and 'give a folder' in missing
-        server.shutdown(); server.server_close()
-        assert ask('someone/clip').split() == ['someone/clip', expected], 'without the Hub, from the cache'
+        assert (
+            'someone/nothing' in missing
+            and 'not a valid model identifier' in missing
+            and 'give a folder' in missing
+        )
+        server.shutdown()
+        server.server_close()
+        assert ask('someone/clip').split() == ['someone/clip', expected], (
+            'without the Hub, from the cache'
+        )
         away = ask('someone/siglip')
-        assert int(away.split()[0]) < 15 and 'someone/siglip' in away and 'connect' in away and 'give a folder' in away
-        run.stdin.close(); errors = run.stderr.read()
-    assert 'Traceback' not in errors and 'Retrying' not in errors and 'LOAD REPORT' not in errors, errors
+        assert (
+            int(away.split()[0]) < 15
+            and 'someone/siglip' in away
+            and 'connect' in away
+            and 'give a folder' in away
+        )
+        run.stdin.close()
+        errors = run.stderr.read()
+    assert 'Traceback' not in errors and 'Retrying' not in errors and 'LOAD REPORT' not in errors, (
+        errors
+    )

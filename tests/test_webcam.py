@@ -1,19 +1,36 @@
 "Webcam without a browser: the widget's Python half, the newest frame alone, cameras made of files, and the command"
-import io, os, shutil, signal, subprocess, sys, threading, time
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from queue import SimpleQueue
-import cv2, numpy as np, pytest
-from PIL import Image
-from clipcap.data import ClipcapError
-from clipcap.webcam import Newest, Webcam, as_callable, open_camera
-from conftest import clipcap, complaint
 
-real = Path(__file__).resolve().parents[1].parent/'shared'/'data'/'videos'
-if not real.is_dir(): real = Path('/work/shared/data/videos')
+import cv2
+import numpy as np
+import pytest
+from conftest import clipcap, complaint
+from PIL import Image
+
+from clipcap.base.files import ClipcapError
+from clipcap.webcam import Newest, Webcam, as_callable, open_camera
+
+real = Path(__file__).resolve().parents[1].parent / 'shared' / 'data' / 'videos'
+if not real.is_dir():
+    real = Path('/work/shared/data/videos')
 videos = sorted(real.glob('*.*')) if real.is_dir() else []
 
+
 def jpeg(picture):
-    data = io.BytesIO(); picture.save(data, 'JPEG'); return data.getvalue()
+    data = io.BytesIO()
+    picture.save(data, 'JPEG')
+    return data.getvalue()
+
 
 def browser(captioner, **traits):
     "A widget whose answers are collected instead of sent"
@@ -21,23 +38,37 @@ def browser(captioner, **traits):
     camera.send = answers.put
     return camera, answers
 
-def send(camera, id, picture=Image.new('RGB', (64, 48))): camera.receive(camera, dict(kind='frame', id=id), [memoryview(jpeg(picture))])
+
+def send(camera, id, picture=Image.new('RGB', (64, 48))):
+    camera.receive(camera, dict(kind='frame', id=id), [memoryview(jpeg(picture))])
+
 
 def film(path, frames=50, fps=25):
     "Frames of growing brightness: 20, and 4 times their number"
-    video = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), fps, (96, 64))
-    for number in range(frames): video.write(np.full((64, 96, 3), 20 + 4*number, np.uint8))
+    video = cv2.VideoWriter(
+        str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), fps, (96, 64)
+    )
+    for number in range(frames):
+        video.write(np.full((64, 96, 3), 20 + 4 * number, np.uint8))
     video.release()
     return path
 
-def number_of(picture): return round((np.asarray(picture).mean() - 17)/4)   # OpenCV's codec takes some 3 off
+
+def number_of(picture):
+    return round((np.asarray(picture).mean() - 17) / 4)  # OpenCV's codec takes some 3 off
+
 
 # ---- the widget
 def test_each_frame_is_answered_once_and_the_main_thread_is_free():
     going = threading.Event()
-    def captioner(picture): assert threading.current_thread() is not threading.main_thread() and going.wait(60); return f'{picture.mode} {picture.size}'
+
+    def captioner(picture):
+        assert threading.current_thread() is not threading.main_thread() and going.wait(60)
+        return f'{picture.mode} {picture.size}'
+
     camera, answers = browser(captioner)
-    for id in 'abc': send(camera, id)          # three browsers
+    for id in 'abc':
+        send(camera, id)  # three browsers
     assert answers.empty() and not camera.caption
     going.set()
     assert [answers.get(timeout=60) for _ in 'abc'] == [dict(kind='answer', id=id) for id in 'abc']
@@ -45,131 +76,265 @@ def test_each_frame_is_answered_once_and_the_main_thread_is_free():
     camera.receive(camera, dict(kind='something else'), [])
     camera.close()
 
-@pytest.mark.parametrize('fault, words', [(ValueError('first\nsecond'), 'ValueError: first'), (ClipcapError('photo: no'), 'photo: no'), (KeyError(), 'KeyError: ')])
+
+@pytest.mark.parametrize(
+    'fault, words',
+    [
+        (ValueError('first\nsecond'), 'ValueError: first'),
+        (ClipcapError('photo: no'), 'photo: no'),
+        (KeyError(), 'KeyError: '),
+    ],
+)
 def test_an_error_is_one_line_and_the_next_frame_goes_well(fault, words):
     faults = [fault]
+
     def captioner(picture):
-        if faults: raise faults.pop()
+        if faults:
+            raise faults.pop()
         return 'a dog'
+
     camera, answers = browser(captioner)
-    send(camera, 1); answers.get(timeout=60)
+    send(camera, 1)
+    answers.get(timeout=60)
     assert camera.error == words and not camera.caption
-    send(camera, 2); answers.get(timeout=60)
+    send(camera, 2)
+    answers.get(timeout=60)
     assert (camera.caption, camera.error) == ('a dog', '')
-    send(camera, 3, Image.new('L', (5, 5))); answers.get(timeout=60)
+    send(camera, 3, Image.new('L', (5, 5)))
+    answers.get(timeout=60)
     assert camera.caption == 'a dog'
+
 
 def test_what_is_no_text_is_an_error():
     camera, answers = browser(lambda picture: 7)
-    send(camera, 1); answers.get(timeout=60)
+    send(camera, 1)
+    answers.get(timeout=60)
     assert camera.error.startswith('TraitError: ')
+
 
 def test_captioners():
     class Captioner:
-        def caption(self, images, options='own'): return [f'{len(images)} {options}']
+        def caption(self, images, options='own'):
+            return [f'{len(images)} {options}']
+
     assert as_callable(len)('abc') == 3
-    assert as_callable(Captioner())('picture') == '1 own' and as_callable(Captioner(), 'greedy')('picture') == '1 greedy'
+    assert (
+        as_callable(Captioner())('picture') == '1 own'
+        and as_callable(Captioner(), 'greedy')('picture') == '1 greedy'
+    )
+
 
 def test_traits_are_checked():
     from traitlets import TraitError
+
     assert Webcam(str, pause=2, width=224).pause == 2
-    for wrong in dict(pause=-1), dict(width=0): pytest.raises(TraitError, Webcam, str, **wrong)
+    for wrong in dict(pause=-1), dict(width=0):
+        pytest.raises(TraitError, Webcam, str, **wrong)
+
 
 def test_closing_ends_the_thread():
     camera, answers = browser(lambda picture: f'{threading.get_ident()}')
-    send(camera, 1); answers.get(timeout=60)
+    send(camera, 1)
+    answers.get(timeout=60)
     [thread] = [t for t in threading.enumerate() if f'{t.ident}' == camera.caption]
-    camera.close(); thread.join(60)
+    camera.close()
+    thread.join(60)
     assert not thread.is_alive()
 
+
 def test_importing_it_imports_no_model():
-    subprocess.run([sys.executable, '-c', "import sys, clipcap.webcam; assert not {'torch', 'transformers', 'cv2'} & set(sys.modules)"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            "import sys, clipcap.webcam; assert not {'torch', 'transformers', 'cv2'} & set(sys.modules)",
+        ],
+        check=True,
+    )
+
 
 # ---- the newest
 def test_newest_in_order_never_twice_and_the_last_one():
     newest, seen = Newest(), []
-    def read(): seen.extend(newest)
+
+    def read():
+        seen.extend(newest)
+
     readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers: reader.start()
-    for n in range(20_000): newest.put(n)
+    for reader in readers:
+        reader.start()
+    for n in range(20_000):
+        newest.put(n)
     newest.close()
-    for reader in readers: reader.join(60)
+    for reader in readers:
+        reader.join(60)
     assert len(set(seen)) == len(seen) and max(seen) == 19_999
     assert list(newest) == []
 
+
 # ---- cameras
 def test_a_file_is_played_at_its_own_speed_and_frames_are_dropped(tmp_path):
-    path, began, seen = film(tmp_path/'film.mp4'), time.monotonic(), []
+    path, began, seen = film(tmp_path / 'film.mp4'), time.monotonic(), []
     with open_camera(path) as pictures:
-        for picture in pictures: seen.append(number_of(picture)); time.sleep(.2)   # five frames long
-    assert time.monotonic() - began >= 49/25
+        for picture in pictures:
+            seen.append(number_of(picture))
+            time.sleep(0.2)  # five frames long
+    assert time.monotonic() - began >= 49 / 25
     assert seen == sorted(set(seen)) and seen[-1] == 49 and len(seen) < 25, seen
+
 
 @pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='looks into /proc')
 def test_the_file_is_released(tmp_path):
-    path = film(tmp_path.resolve()/'film.mp4')
-    held = lambda: [fd for fd in Path('/proc/self/fd').iterdir() if os.path.realpath(fd) == str(path)]
-    with open_camera(path) as pictures: next(pictures); assert held()
+    path = film(tmp_path.resolve() / 'film.mp4')
+    held = lambda: [
+        fd for fd in Path('/proc/self/fd').iterdir() if os.path.realpath(fd) == str(path)
+    ]
+    with open_camera(path) as pictures:
+        next(pictures)
+        assert held()
     assert not held()
-    with pytest.raises(KeyError), open_camera(path) as pictures: raise KeyError
+    with pytest.raises(KeyError), open_camera(path) as pictures:
+        raise KeyError
     assert not held()
+
 
 @pytest.mark.skipif(not videos, reason='needs the shared videos')
 @pytest.mark.parametrize('path', videos, ids=lambda p: p.name)
 def test_real_files(path):
-    with open_camera(path) as pictures: first, second = next(pictures), next(pictures)
+    with open_camera(path) as pictures:
+        first, second = next(pictures), next(pictures)
     assert first.mode == 'RGB' and first.size == second.size and max(first.size) <= 1280
 
+
 def test_what_is_no_camera(tmp_path):
-    (tmp_path/'text.mp4').write_text('no video'*100)
-    for source, words in (99, 'camera 99: not found'), (tmp_path/'missing.mp4', 'No such file'), (tmp_path/'text.mp4', 'not a video'), ('http://localhost:9/none', 'not found'):
-        with pytest.raises(ClipcapError, match=words), open_camera(source): pass
+    (tmp_path / 'text.mp4').write_text('no video' * 100)
+    for source, words in (
+        (99, 'camera 99: not found'),
+        (tmp_path / 'missing.mp4', 'No such file'),
+        (tmp_path / 'text.mp4', 'not a video'),
+        ('http://localhost:9/none', 'not found'),
+    ):
+        with pytest.raises(ClipcapError, match=words), open_camera(source):
+            pass
+
 
 # ---- the command
 @pytest.fixture
 def fake(monkeypatch):
     "A captioner that tells the number of the frame, or which side is darker"
+
     class Captioner:
         def caption(self, images, options):
             pixels = np.asarray(images[0]).mean((0, 2))
-            return [f'frame {number_of(images[0])}' if abs(pixels[0] - pixels[-1]) < 30 else 'left' if pixels[0] < pixels[-1] else 'right']
-    import clipcap.pretrained
-    monkeypatch.setattr(clipcap.pretrained, 'open_captioner', lambda *_: Captioner())
+            return [
+                f'frame {number_of(images[0])}'
+                if abs(pixels[0] - pixels[-1]) < 30
+                else 'left'
+                if pixels[0] < pixels[-1]
+                else 'right'
+            ]
+
+    import clipcap.tools.published
+
+    monkeypatch.setattr(clipcap.tools.published, 'open_captioner', lambda *_: Captioner())
+
 
 def test_command_prints_what_changes(tmp_path, fake):
-    said, complaints = clipcap('webcam', '--no-window', '--source', film(tmp_path/'film.mp4'), '--frames', 5, '--pause', .1)
+    said, complaints = clipcap(
+        'webcam',
+        '--no-window',
+        '--source',
+        film(tmp_path / 'film.mp4'),
+        '--frames',
+        5,
+        '--pause',
+        0.1,
+    )
     times, captions = zip(*(line.split('\t') for line in said.splitlines()))
     assert not complaints and 1 <= len(captions) <= 5 and len(set(captions)) == len(captions)
-    assert all(text.startswith('Frame ') and text.endswith('.') for text in captions) and all(time.strptime(t, '%H:%M:%S') for t in times)
-    still = tmp_path/'still.mp4'
-    video = cv2.VideoWriter(str(still), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), 25, (96, 64))
-    for _ in range(25): video.write(np.repeat(np.linspace(0, 250, 96, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2))
+    assert all(text.startswith('Frame ') and text.endswith('.') for text in captions) and all(
+        time.strptime(t, '%H:%M:%S') for t in times
+    )
+    still = tmp_path / 'still.mp4'
+    video = cv2.VideoWriter(
+        str(still), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), 25, (96, 64)
+    )
+    for _ in range(25):
+        video.write(
+            np.repeat(np.linspace(0, 250, 96, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+        )
     video.release()
-    assert [line.split('\t')[1] for line in clipcap('webcam', '--no-window', '--source', still)[0].splitlines()] == ['Left.']
-    assert [line.split('\t')[1] for line in clipcap('webcam', '--no-window', '--source', still, '--mirror')[0].splitlines()] == ['Right.']
+    assert [
+        line.split('\t')[1]
+        for line in clipcap('webcam', '--no-window', '--source', still)[0].splitlines()
+    ] == ['Left.']
+    assert [
+        line.split('\t')[1]
+        for line in clipcap('webcam', '--no-window', '--source', still, '--mirror')[0].splitlines()
+    ] == ['Right.']
+
 
 def test_command_without_camera_or_display(monkeypatch, fake):
-    assert complaint('webcam', '--no-window', '--source', 99).startswith('clipcap: camera 99: not found')
-    for name in 'DISPLAY', 'WAYLAND_DISPLAY': monkeypatch.delenv(name, raising=False)
-    if sys.platform.startswith('linux'): assert '--no-window' in complaint('webcam')
-    monkeypatch.setenv('DISPLAY', ':987')   # where nobody listens
-    if sys.platform.startswith('linux'): assert '--no-window' in complaint('webcam')
+    assert complaint('webcam', '--no-window', '--source', 99).startswith(
+        'clipcap: camera 99: not found'
+    )
+    for name in 'DISPLAY', 'WAYLAND_DISPLAY':
+        monkeypatch.delenv(name, raising=False)
+    if sys.platform.startswith('linux'):
+        assert '--no-window' in complaint('webcam')
+    monkeypatch.setenv('DISPLAY', ':987')  # where nobody listens
+    if sys.platform.startswith('linux'):
+        assert '--no-window' in complaint('webcam')
+
 
 def test_ctrl_c(tmp_path):
-    command = [sys.executable, '-m', 'clipcap.cli', 'webcam', '--no-window', '--beams', '1', '--source', film(tmp_path/'film.mp4', frames=50, fps=1)]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell's background jobs, CI's perhaps, are deaf to it
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as run:
+    command = [
+        sys.executable,
+        '-m',
+        'clipcap.cli.main',
+        'webcam',
+        '--no-window',
+        '--beams',
+        '1',
+        '--source',
+        film(tmp_path / 'film.mp4', frames=50, fps=1),
+    ]
+    heed = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs, CI's perhaps, are deaf to it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as run:
         assert run.stdout.readline().count('\t') == 1
         run.send_signal(signal.SIGINT)
         _, complaints = run.communicate(timeout=120)
     assert run.returncode == 130 and 'Traceback' not in complaints, complaints
 
+
 @pytest.mark.skipif(not shutil.which('Xvfb'), reason='needs Xvfb')
 def test_window(tmp_path):
-    with subprocess.Popen(['Xvfb', ':97', '-screen', '0', '800x600x24'], stderr=subprocess.DEVNULL) as screen:
+    with subprocess.Popen(
+        ['Xvfb', ':97', '-screen', '0', '800x600x24'], stderr=subprocess.DEVNULL
+    ) as screen:
         try:
             time.sleep(1)
-            command = [sys.executable, '-m', 'clipcap.cli', 'webcam', '--source', film(tmp_path/'film.mp4', fps=5), '--frames', '3']
-            done = subprocess.run(command, env=os.environ | dict(DISPLAY=':97'), capture_output=True, text=True, timeout=300)
+            command = [
+                sys.executable,
+                '-m',
+                'clipcap.cli.main',
+                'webcam',
+                '--source',
+                film(tmp_path / 'film.mp4', fps=5),
+                '--frames',
+                '3',
+            ]
+            done = subprocess.run(
+                command,
+                env=os.environ | dict(DISPLAY=':97'),
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
             assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
-        finally: screen.terminate()
+        finally:
+            screen.terminate()
