@@ -306,7 +306,7 @@ def add_lora(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ClipcapError("lora needs peft: pip install 'clipcap[lora]'") from None
+        raise ClipcapError("lora needs peft: pip install peft") from None
     with (
         warnings.catch_warnings()
     ):  # GPT-2 stores its matrices transposed; peft says that it has noticed

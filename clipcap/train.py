@@ -250,7 +250,7 @@ def _accelerator(model, config, folder, tracker):
     several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, next(model.parameters()).device
     if tracker and not (tracker in ('tensorboard', 'wandb') and find_spec(tracker)):
         raise ClipcapError(
-            f"tracker '{tracker}' is not there: take tensorboard or wandb, and install it (pip install 'clipcap[trackers]')"
+            f"tracker '{tracker}' is not there: take tensorboard or wandb, and install it (pip install tensorboard, or wandb)"
         )
     AcceleratorState._reset_state(
         reset_partial_state=not several

@@ -130,7 +130,7 @@ def test_spacy_or_a_clear_line():
     try:
         import spacy
     except ImportError:
-        with pytest.raises(ClipcapError, match=r"pip install 'clipcap\[spacy\]'"):
+        with pytest.raises(ClipcapError, match='pip install spacy'):
             split_words('a dog', 'spacy')
         return
     assert split_words("Don't run, dog!", 'spacy') == ['do', "n't", 'run', ',', 'dog', '!']

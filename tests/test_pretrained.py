@@ -623,7 +623,7 @@ class Drive(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def drive(cache, monkeypatch):
     "Whatever is asked of Google goes there; waiting between attempts takes no time"
-    gdown = pytest.importorskip('gdown', reason='pip install "clipcap[drive]"')
+    gdown = pytest.importorskip('gdown', reason='pip install gdown')
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Drive)
     server.files, server.cuts, server.asked = {}, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -734,7 +734,7 @@ def test_no_network(cache, monkeypatch):
 
 def test_without_gdown(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gdown', None)
-    assert 'pip install "clipcap[drive]"' in refusal(fetch, 'coco') and str(
+    assert 'pip install gdown' in refusal(fetch, 'coco') and str(
         cache / 'coco.pt'
     ) in refusal(fetch, 'coco')
 

@@ -44,7 +44,7 @@ def _spacy():
         import spacy
     except ImportError:
         raise ClipcapError(
-            "words by spaCy: it is not installed: pip install 'clipcap[spacy]', or take the plain ones"
+            "words by spaCy: it is not installed: pip install spacy, or take the plain ones"
         ) from None
     return spacy.blank('en').tokenizer
 
@@ -350,7 +350,7 @@ def _writer(folder):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ClipcapError(
-            "tensorboard is not installed: pip install 'clipcap[trackers]'"
+            "tensorboard is not installed: pip install tensorboard"
         ) from None
     return SummaryWriter(folder)
 

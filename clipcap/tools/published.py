@@ -127,7 +127,7 @@ def _from_drive(drive, file, name):
     try:
         import gdown
     except ImportError:
-        raise ClipcapError('Google Drive needs gdown: pip install "clipcap[drive]"') from None
+        raise ClipcapError('Google Drive needs gdown: pip install gdown') from None
     with tqdm(desc=name, unit='B', unit_scale=True, disable=None) as bar:
 
         def show(done, total):
