@@ -1,18 +1,21 @@
-"""Train every family of captioners on the same photos, score them, and write nbs/results.json, which the last lesson shows.
+"""Train every family of captioners on the same photos, score them, and write nbs/results.json.
 
-python benchmarks/results.py DATA TOWER WORK [row ...]     DATA: Flickr8k's folder; TOWER: an ImageNet MobileNetV2; rows: all, where none is named
+python benchmarks/results.py DATA TOWER WORK [ROW ...]
 
-A killed run goes on. Rows may be trained side by side; the run that names none writes the table."""
+DATA is Flickr8k's folder, TOWER an ImageNet MobileNetV2; without rows, all are trained. A killed
+run goes on. Rows may be trained side by side; the run that names none writes the table, which the
+lesson nbs/12_results shows.
+"""
 
-import json
+import argparse
 import re
 import shutil
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from clipcap.base.captions import read_dataset
+from clipcap.base.files import write_json, write_text
 from clipcap.embed import embed_images
 from clipcap.evaluate import compare, evaluate_captions, measure_variety
 from clipcap.generate import GenerationOptions, generate_captions
@@ -20,31 +23,32 @@ from clipcap.image import find_model, load_tower
 from clipcap.methods.image_lstm import ensemble
 from clipcap.model import CaptionModel
 from clipcap.tools.recipe import read_recipe, train_recipe
-from clipcap.tools.report import write_text
 
-SEEN = dict(
-    features='pooled', image_size=224, precision='bf16', score_photos=200
-)  # the default of 1000 tells epochs apart more surely
-MLP = SEEN | dict(
+root = Path(__file__).resolve().parent.parent
+
+# The rows were trained with scores of 200 photos; the default of 1000 tells epochs apart more surely
+POOLED = dict(features='pooled', image_size=224, precision='bf16', score_photos=200)
+# The language model is new, so it learns at a new model's rate
+MLP = POOLED | dict(
     preset='clipcap-mlp', language='new-gpt', epochs=6, batch_size=128, rate=1.2e-3, warmup=0.05
-)  # the LM is new, so with a new model's rate
-TELL, LSTM = SEEN | dict(preset='show-and-tell'), SEEN | dict(preset='image-lstm')
-FULL = LSTM | dict(
-    features='hypercolumn', image_size=373, rate=2e-4, epochs=10
-)  # more numbers a photo, so a slower mapper
-BEST = FULL | dict(reward_steps=500, reward_dropout=0.35)
+)
+SHOW_AND_TELL = POOLED | dict(preset='show-and-tell')
+LSTM = POOLED | dict(preset='image-lstm')
+# More numbers per photo, so a slower mapper
+HYPERCOLUMN = LSTM | dict(features='hypercolumn', image_size=373, rate=2e-4, epochs=10)
+BEST = HYPERCOLUMN | dict(reward_steps=500, reward_dropout=0.35)
 ROWS = {
-    'Show and Tell': TELL,
-    'Show and Tell, rewarded': TELL | dict(reward_steps=300),
+    'Show and Tell': SHOW_AND_TELL,
+    'Show and Tell, rewarded': SHOW_AND_TELL | dict(reward_steps=300),
     'LSTM, photo at every step': LSTM,
     'LSTM, photo at every step, seed 1': LSTM | dict(seed=1),
     'LSTM, photo at every step, seed 2': LSTM | dict(seed=2),
     'LSTM, rewarded': LSTM | dict(reward_steps=300),
     'LSTM, rewarded, seed 1': LSTM | dict(reward_steps=300, seed=1),
     'LSTM, rewarded, seed 2': LSTM | dict(reward_steps=300, seed=2),
-    'LSTM, hypercolumn': FULL,
-    'LSTM, hypercolumn, seed 1': FULL | dict(seed=1),
-    'LSTM, hypercolumn, seed 2': FULL | dict(seed=2),
+    'LSTM, hypercolumn': HYPERCOLUMN,
+    'LSTM, hypercolumn, seed 1': HYPERCOLUMN | dict(seed=1),
+    'LSTM, hypercolumn, seed 2': HYPERCOLUMN | dict(seed=2),
     'LSTM, hypercolumn, rewarded': BEST,
     'LSTM, hypercolumn, rewarded, seed 1': BEST | dict(seed=1),
     'LSTM, hypercolumn, rewarded, seed 2': BEST | dict(seed=2),
@@ -70,12 +74,13 @@ ROWS = {
 def command(row):
     "What a reader types to train it"
     if isinstance(row, tuple):
-        return ' '.join(
-            ['clipcap ensemble', *(f'DIR{n}/best' for n in range(len(row))), '--model-out DIR']
-        )
-    return 'clipcap train --data DATA --tower TOWER --model-out DIR ' + ' '.join(
-        f"--{k.replace('_', '-')}" + f' {v}' * (v is not True) for k, v in row.items()
-    )
+        members = ' '.join(f'DIR{n}/best' for n in range(len(row)))
+        return f'clipcap ensemble {members} --output DIR'
+    options = []
+    for name, value in row.items():
+        option = '--' + name.replace('_', '-')
+        options.append(option if value is True else f'{option} {value}')
+    return f'clipcap train DATA --tower TOWER --output DIR {" ".join(options)}'
 
 
 @contextmanager
@@ -85,86 +90,96 @@ def stopwatch(file):
     try:
         yield
     finally:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f'{spent(file) + (time.perf_counter() - began) / 60:.2f}')
+        minutes = (time.perf_counter() - began) / 60
+        write_text(file, f'{minutes_in(file) + minutes:.2f}')
 
 
-def spent(file):
+def minutes_in(file):
     return float(file.read_text()) if file.exists() else 0.0
 
 
-def learn(name, data, tower, work):
-    "Train the model of a row, unless it is trained, and give its parts: model, features of the photos, minutes (those of the features not counted)"
-    if isinstance(ROWS[name], tuple):
-        models, stores, minutes = zip(*(learn(member, data, tower, work) for member in ROWS[name]))
-        return ensemble(models), stores[0], sum(minutes)
-    folder, (table, photos) = work / re.sub(r'\W+', '-', name), read_dataset(data)
-    recipe = read_recipe(tower=str(tower), **ROWS[name]) if ROWS[name] else read_recipe()
-    seeing, store = (
-        load_tower(recipe.tower or find_model('tiny'), recipe.features, recipe.image_size),
-        work / f'features-{recipe.features}-{recipe.image_size}',
-    )
-    features = embed_images(seeing, [photos / n for n in table.image.unique()], store, photos)
-    if not ROWS[name]:
-        return CaptionModel.from_pretrained(find_model('tiny')), features, None
-    if not (folder / 'done').exists():
-        with stopwatch(folder / 'minutes.txt'):
-            train_recipe(
-                recipe,
-                data,
-                folder,
-                store,
-                report=lambda h: print(name, h.iloc[-1].to_dict(), flush=True),
-                progress=False,
-            )
-        (folder / 'done').touch()
-    return CaptionModel.from_pretrained(folder / 'best'), features, spent(folder / 'minutes.txt')
+class Table:
+    "The rows, trained and judged on one data set"
 
+    def __init__(self, data, tower, work):
+        self.data, self.tower, self.work = data, tower, work
+        self.captions, self.photos = read_dataset(data)
+        val = self.captions[self.captions.split == 'val']
+        self.references = val.groupby('image').caption.apply(list).to_dict()
+        self.training = self.captions[self.captions.split == 'train'].caption.tolist()
 
-def judge(model, features, references, training):
-    "Beam 5 on the validation photos: its scores, and the rest of its line in the table"
-    began = time.perf_counter()
-    said = [
-        c
-        for (c,) in generate_captions(
-            model, features[features.rows(list(references))], GenerationOptions(beams=5)
+    def features(self, recipe):
+        "Where the features of a recipe lie, and the store"
+        tower = recipe.tower or find_model('tiny')
+        folder = self.work / f'features-{recipe.features}-{recipe.image_size}'
+        paths = [self.photos / name for name in self.captions.image.unique()]
+        loaded = load_tower(tower, recipe.features, recipe.image_size)
+        return folder, embed_images(loaded, paths, folder, self.photos)
+
+    def learn(self, name):
+        "Train the model of a row, unless it is trained: model, features, minutes of training"
+        row = ROWS[name]
+        if row is None:
+            _, store = self.features(read_recipe())
+            return CaptionModel.from_pretrained(find_model('tiny')), store, None
+        if isinstance(row, tuple):
+            models, stores, minutes = zip(*(self.learn(member) for member in row), strict=True)
+            return ensemble(models), stores[0], sum(minutes)
+        recipe = read_recipe(tower=str(self.tower), **row)
+        folder = self.work / re.sub(r'\W+', '-', name)
+        features, store = self.features(recipe)
+        if not (folder / 'done').exists():
+
+            def report(history):
+                print(name, history.iloc[-1].to_dict(), flush=True)
+
+            with stopwatch(folder / 'minutes.txt'):
+                train_recipe(recipe, self.data, folder, features, report=report, progress=False)
+            (folder / 'done').touch()
+        model = CaptionModel.from_pretrained(folder / 'best')
+        return model, store, minutes_in(folder / 'minutes.txt')
+
+    def judge(self, model, store):
+        "Beam 5 on the validation photos: its scores, and the rest of its line in the table"
+        features = store[store.rows(list(self.references))]
+        began = time.perf_counter()
+        best = [c for (c,) in generate_captions(model, features, GenerationOptions(beams=5))]
+        seconds = time.perf_counter() - began
+        predictions = dict(zip(self.references, best, strict=True))
+        java = shutil.which('java') is not None
+        scores = evaluate_captions(self.references, predictions, meteor=java)
+        line = dict(
+            parameters=sum(p.numel() for p in model.parameters()),
+            captions_per_second=round(len(best) / seconds, 1),
+            variety=measure_variety(best, self.training).round(4).to_dict(),
+            scores=scores.as_dict(),
         )
-    ]
-    line = dict(
-        parameters=sum(p.numel() for p in model.parameters()),
-        captions_per_second=round(len(said) / (time.perf_counter() - began), 1),
-    )
-    scores = evaluate_captions(
-        references, dict(zip(references, said)), meteor=bool(shutil.which('java'))
-    )
-    return scores, line | dict(
-        variety=measure_variety(said, training).round(4).to_dict(), scores=scores.as_dict()
-    )
+        return scores, line
 
 
-def main(data, tower, work, *names):
-    rows, scored, (table, _), work = [], {}, read_dataset(data), Path(work)
-    references, training = (
-        table[table.split == 'val'].groupby('image').caption.apply(list).to_dict(),
-        table[table.split == 'train'].caption.tolist(),
-    )
+def main(data, tower, work, names):
+    table, rows, scored = Table(data, tower, work), [], {}
     for name in names or ROWS:
-        model, features, minutes = learn(name, data, tower, work)
-        scored[name], line = judge(model, features, references, training)
-        rows.append(
-            dict(name=name, command=command(ROWS[name]) if ROWS[name] else None, minutes=minutes)
-            | line
-        )
+        model, store, minutes = table.learn(name)
+        scored[name], line = table.judge(model, store)
+        how = command(ROWS[name]) if ROWS[name] else None
+        rows.append(dict(name=name, command=how, minutes=minutes) | line)
         print(rows[-1], flush=True)
-    for row in () if names else rows:
-        row['against_mlp'] = (
-            compare(scored[row['name']], scored['ClipCap MLP']).loc['CIDEr'].round(4).to_dict()
-        )
-    if not names:
-        write_text(
-            Path(__file__).parent.parent / 'nbs' / 'results.json', json.dumps(rows, indent=1) + '\n'
-        )
+    if names:
+        return
+    for row in rows:
+        difference = compare(scored[row['name']], scored['ClipCap MLP']).loc['CIDEr']
+        row['against_mlp'] = difference.round(4).to_dict()
+    write_json(root / 'nbs' / 'results.json', rows, indent=1)
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('data', type=Path)
+    parser.add_argument('tower', type=Path)
+    parser.add_argument('work', type=Path)
+    parser.add_argument('rows', nargs='*', choices=[*ROWS, []], metavar='ROW')
+    given = parser.parse_args()
+    main(given.data, given.tower, given.work, given.rows)
