@@ -6,19 +6,36 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/10_main.ipynb #16-002
+import os
 import sys
 
-from . import align, caption, evaluate, models, train, video, webcam  # their commands join `app`
-from .base import app
+from ..base.files import end_cleanly_on_sigterm
+
+# their commands join `app`
+from . import align, caption, evaluate, models, train, video, webcam  # noqa: F401
+from .base import app, complain
 
 # %% ../../nbs/cli/10_main.ipynb #16-006
+def _end_full(fault):
+    # stdout takes no more: nothing may be left there when Python itself flushes at the end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(fault, BrokenPipeError):
+        complain(fault)
+    sys.exit(1)
+
+
 def main():
     "The command `clipcap`"
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(
-            errors='backslashreplace'
-        )  # names of any bytes, terminals of any alphabet
-    app(prog_name='clipcap')
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')
+    end_cleanly_on_sigterm()
+    try:
+        try:
+            app(prog_name='clipcap')
+        finally:
+            sys.stdout.flush()
+    except OSError as fault:
+        _end_full(fault)
 
 # %% ../../nbs/cli/10_main.ipynb #16-031
 #| eval: false
