@@ -26,7 +26,7 @@ from clipcap.tools.recipe import read_recipe, train_recipe
 
 root = Path(__file__).resolve().parent.parent
 
-# The rows were trained with scores of 200 photos; the default of 1000 tells epochs apart more surely
+# These rows were scored on 200 photos; the default of 1000 tells epochs apart more surely
 POOLED = dict(features='pooled', image_size=224, precision='bf16', score_photos=200)
 # The language model is new, so it learns at a new model's rate
 MLP = POOLED | dict(
