@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['seen_part', 'cell_boxes', 'crop_boxes', 'draw_regions', 'Detector', 'TorchvisionDetector', 'open_detector',
-           'top_boxes', 'RegionTower', 'region_boxes', 'open_regions', 'reopen_regions']
+           'top_boxes', 'make_random_detector', 'RegionTower', 'region_boxes', 'open_regions', 'reopen_regions']
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-003
 import hashlib
 import math
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,30 +23,38 @@ from ..base.photos import open_image
 from ..base.pictures import load_font
 from ..embed import VisionTower, quiet
 from ..image import load_tower
+from .retrieval import check_loaded, reason_of
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-006
+def _scale_of(processor, width, height):
+    "By how much a processor resizes a photo, in width and in height"
+    wanted = processor.to_dict().get('size') or {}
+    if wanted.get('shortest_edge'):
+        scale = wanted['shortest_edge'] / min(width, height)
+        return scale, scale
+    if wanted.get('width'):
+        return wanted['width'] / width, wanted['height'] / height
+    return 1, 1
+
+
 def seen_part(
-    size: tuple[int, int],  # of the photo: width, height
+    size: tuple[int, int],  # of the photo: width, height in pixels
     processor,  # the tower's image processor
-    image_size: int = None,  # the tower squashes photos to a square: it sees all
+    image_size: int = None,  # given: the tower squashes photos to a square, and sees all of them
 ) -> tuple:  # x0, y0, x1, y1; below 0 and above 1 where the processor adds a rim
     "The part of a photo that a tower sees"
     if image_size:
         return 0.0, 0.0, 1.0, 1.0
-    steps, longest = processor.to_dict(), 20 * min(size)  # of a strip, too, only the middle is seen
+    longest = 20 * min(size)  # as `pixels_of` does: of a strip only the middle is seen
     width, height = (min(side, longest) for side in size)
-    wanted, crop = steps.get('size') or {}, steps.get('crop_size') or {}
-    scale = (
-        (wanted['shortest_edge'] / min(width, height),) * 2
-        if wanted.get('shortest_edge')
-        else (wanted['width'] / width, wanted['height'] / height)
-        if wanted.get('width')
-        else (1, 1)
-    )
+    steps = processor.to_dict()
+    crop = steps.get('crop_size') or {}
     if steps.get('do_center_crop') and crop.get('width'):
-        width, height = crop['width'] / scale[0], crop['height'] / scale[1]
-    x, y = width / size[0] / 2, height / size[1] / 2
-    return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
+        scale_x, scale_y = _scale_of(processor, width, height)
+        width, height = crop['width'] / scale_x, crop['height'] / scale_y
+    half_x = width / size[0] / 2
+    half_y = height / size[1] / 2
+    return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
 
 
 def cell_boxes(
@@ -52,30 +62,64 @@ def cell_boxes(
     cells: int,  # a square number
 ) -> np.ndarray:  # (cells, 4), in reading order
     "Where the cells of a grid lie"
-    side, (x0, y0, x1, y1) = math.isqrt(cells), part
+    side = math.isqrt(cells)
     if side * side != cells:
         raise ClipcapError(f'{cells} cells are no square grid: give the tower an image_size')
+    x0, y0, x1, y1 = part
     row, column = np.divmod(np.arange(cells), side)
-    shares = np.stack([column, row, column + 1, row + 1], 1) / side
-    return np.array([x0, y0, x0, y0]) + shares * np.array([x1 - x0, y1 - y0, x1 - x0, y1 - y0])
+    left = x0 + column / side * (x1 - x0)
+    right = x0 + (column + 1) / side * (x1 - x0)
+    top = y0 + row / side * (y1 - y0)
+    bottom = y0 + (row + 1) / side * (y1 - y0)
+    return np.stack([left, top, right, bottom], 1)
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-010
+def _pixel_span(low, high, side):
+    "First pixel, and the one after the last, of a share of a side: one pixel at least"
+    first = min(max(math.floor(low * side), 0), side - 1)
+    end = min(max(math.ceil(high * side), first + 1), side)
+    return first, end
+
+
 def crop_boxes(
     photo: Image.Image,
     boxes: np.ndarray,  # (boxes, 4)
-) -> list[Image.Image]:  # one picture a box, at least a pixel wide and high
+) -> list[Image.Image]:  # one picture per box, at least a pixel wide and high
     "What is in the boxes"
-
-    def pixels(low, high, side):
-        first = min(max(math.floor(low * side), 0), side - 1)
-        return first, min(max(math.ceil(high * side), first + 1), side)
-
-    spans = [
-        (pixels(x0, x1, photo.width), pixels(y0, y1, photo.height)) for x0, y0, x1, y1 in boxes
-    ]
-    return [photo.crop((left, top, right, bottom)) for (left, right), (top, bottom) in spans]
+    crops = []
+    for x0, y0, x1, y1 in boxes:
+        left, right = _pixel_span(x0, x1, photo.width)
+        top, bottom = _pixel_span(y0, y1, photo.height)
+        crops.append(photo.crop((left, top, right, bottom)))
+    return crops
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-010b
+_PALETTE = (
+    '#e6194b',
+    '#1f77ff',
+    '#12922f',
+    '#b8860b',
+    '#911eb4',
+    '#008b8b',
+    '#d2520f',
+    '#000075',
+)
+
+
+def _free_place(x, y, width, height, taken, lowest):
+    "Where a label fits: at its box, or below the labels that are there already"
+
+    def overlaps(other):
+        left, top, other_width = other
+        beside = left + other_width <= x or x + width <= left
+        apart = top + height <= y or y + height <= top
+        return not (beside or apart)
+
+    while any(map(overlaps, taken)) and y + 2 * height < lowest:
+        y += height
+    return y
+
+
 def draw_regions(
     photo,  # whatever `open_image` takes
     boxes: np.ndarray,  # (boxes, 4)
@@ -84,33 +128,22 @@ def draw_regions(
 ) -> Image.Image:
     "Boxes with their labels, drawn on the photo"
     photo = open_image(photo)
-    photo = photo.resize(
-        (width, max(1, round(photo.height * width / photo.width))), Image.Resampling.LANCZOS
-    )
-    draw, font, used, palette = (
-        ImageDraw.Draw(photo),
-        load_font(max(10, width // 32), bold=True),
-        [],
-        ['#e6194b', '#1f77ff', '#12922f', '#b8860b', '#911eb4', '#008b8b', '#d2520f', '#000075'],
-    )
-    for n, ((x0, y0, x1, y1), label) in enumerate(
-        zip(
-            np.clip(boxes, 0, 1) * np.tile([photo.width - 1, photo.height - 1], 2),
-            labels,
-            strict=True,
-        )
-    ):
-        draw.rectangle((x0, y0, x1, y1), outline=palette[n % 8], width=max(2, width // 130))
-        _, _, w, h = draw.textbbox((0, 0), label, font)
-        h += 4
-        x, y = min(max(0, x0), max(0, photo.width - w - 6)), y0
-        while (
-            any(x < u + uw and u < x + w + 6 and y < v + h and v < y + h for u, v, uw in used)
-            and y + 2 * h < photo.height
-        ):
-            y += h  # labels side by side, not on top of one another
-        used.append((x, y, w + 6))
-        draw.rectangle((x, y, x + w + 6, y + h), fill=palette[n % 8])
+    height = max(1, round(photo.height * width / photo.width))
+    photo = photo.resize((width, height), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(photo)
+    corners = np.clip(boxes, 0, 1) * np.tile([width - 1, height - 1], 2)
+    taken = []  # (left, top, width) of the labels drawn so far
+    for n, (corner, label) in enumerate(zip(corners, labels, strict=True)):
+        x0, y0, x1, y1 = corner
+        colour = _PALETTE[n % len(_PALETTE)]
+        draw.rectangle((x0, y0, x1, y1), outline=colour, width=max(2, width // 130))
+        font = load_font(max(10, width // 32), bold=True)
+        _, _, text_width, text_height = draw.textbbox((0, 0), label, font)
+        label_width, label_height = text_width + 6, text_height + 4
+        x = min(max(0, x0), max(0, width - label_width))
+        y = _free_place(x, y0, label_width, label_height, taken, height)
+        taken.append((x, y, label_width))
+        draw.rectangle((x, y, x + label_width, y + label_height), fill=colour)
         draw.text((x + 3, y + 1), label, 'white', font)
     return photo
 
@@ -121,75 +154,107 @@ class Detector:
     def __init__(
         self,
         name: str | Path,  # a folder, or a name on the Hub: facebook/detr-resnet-50
-        device: str = None,
-    ):  # cpu, cuda, ...; None = cuda where there is one
+        device: str = None,  # cpu, cuda, ...; None = the best one here
+    ):
         self.name = str(name)
         try:
             with quiet():
-                self.model, self.processor = (
-                    AutoModelForObjectDetection.from_pretrained(name).eval(),
-                    AutoImageProcessor.from_pretrained(name, backend='pil'),
+                model, report = AutoModelForObjectDetection.from_pretrained(
+                    name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                )
+                check_loaded(model, report)
+                self.processor = AutoImageProcessor.from_pretrained(
+                    name, backend='pil', trust_remote_code=False
                 )
         except Exception as error:  # whatever transformers and the Hub may raise
             raise ClipcapError(
-                f'detector {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; give an object detector of transformers, by folder or name on the Hub, such as facebook/detr-resnet-50'
+                f'detector {name}: {reason_of(error)}; give an object detector of transformers, '
+                'by folder or name on the Hub, such as facebook/detr-resnet-50'
             ) from error
-        self.model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.model = model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
     @torch.inference_mode()
-    def __call__(self, photo: Image.Image) -> np.ndarray:  # (boxes, 4), the surest first
+    def __call__(
+        self,
+        photo: Image.Image,  # RGB
+    ) -> np.ndarray:  # (boxes, 4), the surest first
         inputs = self.processor(images=[photo], return_tensors='pt').to(self.model.device)
-        [found] = self.processor.post_process_object_detection(self.model(**inputs), threshold=0.0)
-        return found['boxes'][found['scores'].argsort(descending=True, stable=True)].cpu().numpy()
+        output = self.model(**inputs)
+        [found] = self.processor.post_process_object_detection(output, threshold=0.0)
+        order = found['scores'].argsort(descending=True, stable=True)
+        return found['boxes'][order].cpu().numpy()
 
-    def save_pretrained(self, folder: str | Path):  # as transformers does
+    def save_pretrained(
+        self,
+        folder: str | Path,  # where to
+    ):
+        "Write it as transformers does"
         with quiet():
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-014
+@contextmanager
+def _weights_only():
+    "torchvision fetches its weights by `torch.load`: let that read weights, and never run code"
+    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    before = os.environ.get(name)
+    os.environ[name] = '1'
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 class TorchvisionDetector:
     "The same by torchvision, which the user must have installed"
 
     def __init__(
-        self, name: str = 'fasterrcnn_resnet50_fpn', device: str = None, **options
-    ):  # options: for torchvision's builder; its best weights where none are given
+        self,
+        name: str = 'fasterrcnn_resnet50_fpn',  # of a detector of torchvision
+        device: str = None,  # cpu, cuda, ...; None = the best one here
+        **options,  # for torchvision's builder; its best weights where none are given
+    ):
         try:
             from torchvision.models import detection, get_model
         except ImportError as error:
             raise ClipcapError(
-                f"detector {name}: torchvision is not installed: pip install torchvision, or take facebook/detr-resnet-50"
+                f'detector {name}: torchvision is not installed: pip install torchvision, '
+                'or take facebook/detr-resnet-50'
             ) from error
         if not hasattr(detection, name):
             raise ClipcapError(
                 f'detector {name}: torchvision has none of that name; try fasterrcnn_resnet50_fpn'
             )
-        self.name, self.model = name, get_model(name, **(options or dict(weights='DEFAULT'))).eval()
-        self.model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.name = name
+        with _weights_only():
+            model = get_model(name, **(options or dict(weights='DEFAULT')))
+        self.model = model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
     @torch.inference_mode()
-    def __call__(self, photo: Image.Image) -> np.ndarray:  # (boxes, 4), the surest first
-        pixels = (
-            torch.from_numpy(np.asarray(photo) / np.float32(255))
-            .permute(2, 0, 1)
-            .to(next(self.model.parameters()).device)
-        )
-        [found] = self.model([pixels])
+    def __call__(
+        self,
+        photo: Image.Image,  # RGB
+    ) -> np.ndarray:  # (boxes, 4), the surest first
+        pixels = torch.from_numpy(np.asarray(photo) / np.float32(255)).permute(2, 0, 1)
+        [found] = self.model([pixels.to(next(self.model.parameters()).device)])
         return found['boxes'].cpu().numpy() / np.tile(photo.size, 2)
 
     def save_pretrained(self, folder: str | Path):
-        pass  # its name is enough
+        "Nothing to write: its name is enough"
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-014b
 def open_detector(
-    name: str | Path, device: str = None
-):  # name: of torchvision (fasterrcnn_...), else of transformers
+    name: str | Path,  # of torchvision (fasterrcnn_..., retinanet_...), else of transformers
+    device: str = None,  # cpu, cuda, ...; None = the best one here
+):  # a `Detector` or a `TorchvisionDetector`
     "A detector by its name"
-    return (
-        TorchvisionDetector
-        if str(name).startswith(('fasterrcnn', 'retinanet', 'fcos', 'ssd'))
-        else Detector
-    )(name, device)
+    if str(name).startswith(('fasterrcnn', 'retinanet', 'fcos', 'ssd')):
+        return TorchvisionDetector(name, device)
+    return Detector(name, device)
 
 
 def top_boxes(
@@ -198,65 +263,125 @@ def top_boxes(
     number: int = 19,  # boxes wanted
 ) -> np.ndarray:  # (1 + number, 4): the whole photo first
     "The whole photo and the boxes that a detector is surest of"
-    found = np.clip(np.asarray(detector(photo), dtype=float).reshape(-1, 4)[:number], 0, 1)
-    whole = np.tile([0.0, 0, 1, 1], (1 + number - len(found), 1))
-    return np.concatenate([whole[:1], found, whole[1:]])
+    found = np.asarray(detector(photo), dtype=float).reshape(-1, 4)[:number]
+    if not np.isfinite(found).all():
+        raise ClipcapError('detector: boxes that are not finite: give another detector')
+    boxes = np.zeros((1 + number, 4))
+    boxes[:] = [0, 0, 1, 1]  # the whole photo, wherever no box is found
+    boxes[1 : 1 + len(found)] = np.clip(found, 0, 1)
+    return boxes
+
+# %% ../../nbs/methods/04_regions.ipynb #rg-016
+def make_random_detector(
+    folder: str | Path,  # gets the model
+    queries: int = 6,  # boxes that it gives
+    seed: int = 0,  # of the weights
+) -> Path:  # the folder
+    "A very small DETR of random weights: for lessons and tests"
+    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
+
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type='basic',
+        out_features=['stage2'],
+    )
+    config = DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        num_queries=queries,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_labels=3,
+    )
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        DetrForObjectDetection(config).save_pretrained(folder)
+        DetrImageProcessor(size=dict(shortest_edge=64, longest_edge=96)).save_pretrained(folder)
+    return Path(folder)
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-019
+def _weights_digest(model):
+    "Some bytes of every tensor: enough to tell two detectors apart"
+    parts = []
+    for tensor in model.state_dict().values():
+        step = max(1, tensor.numel() // 100)
+        some = tensor.detach().flatten()[::step].cpu().double()  # MPS has no float64: first `cpu`
+        parts.append(some.numpy().tobytes())
+    return b''.join(parts)
+
+
 class RegionTower:
     "A vision tower that sees the whole photo and the boxes that a detector finds, each by itself"
 
+    features = 'boxes'
+
     def __init__(
         self,
-        tower: VisionTower,  # with one vector a picture: pooled or projected features
+        tower: VisionTower,  # with one vector per picture: pooled or projected features
         detector,  # as `open_detector` gives it
-        number: int = 19,  # boxes a photo
+        number: int = 19,  # boxes per photo
     ):
         if tower.cells != 1:
             raise ClipcapError(
                 f"features '{tower.features}': a box is seen as one vector; take pooled features"
             )
-        self.tower, self.detector, self.number, self.model, self.processor = (
-            tower,
-            detector,
-            number,
-            tower.model,
-            tower.processor,
-        )
-        self.features, self.image_size, self.cells, self.dim = (
-            'boxes',
-            tower.image_size,
-            1 + number,
-            tower.dim,
-        )
-        weights = b''.join(
-            w.detach().flatten()[:: max(1, w.numel() // 100)].double().cpu().numpy().tobytes()
-            for w in detector.model.state_dict().values()
-        )
-        self.fingerprint = hashlib.sha256(
-            f'{tower.fingerprint} {number}'.encode() + weights
-        ).hexdigest()[:16]
+        self.tower = tower
+        self.detector = detector
+        self.number = number
+        self.model = tower.model
+        self.processor = tower.processor
+        self.image_size = tower.image_size
+        self.cells = 1 + number
+        self.dim = tower.dim
+        about = f'{tower.fingerprint} {number}'.encode() + _weights_digest(detector.model)
+        self.fingerprint = hashlib.sha256(about).hexdigest()[:16]
 
-    def boxes(self, photo: Image.Image):
-        return top_boxes(self.detector, photo, self.number)  # (1 + number, 4)
+    def boxes(
+        self,
+        photo: Image.Image,  # RGB
+    ) -> np.ndarray:  # (1 + number, 4)
+        "The whole photo, and the boxes found in it"
+        return top_boxes(self.detector, photo, self.number)
 
-    def preprocess(self, photos: list):  # -> (B, 1 + number, 3, H, W)
-        return torch.stack(
-            [self.tower.preprocess(crop_boxes(photo, self.boxes(photo))) for photo in photos]
-        )
+    def preprocess(
+        self,
+        photos: list,  # PIL images, RGB
+    ) -> torch.Tensor:  # (B, 1 + number, 3, H, W)
+        "What the tower sees of each photo"
+        crops = [crop_boxes(photo, self.boxes(photo)) for photo in photos]
+        return torch.stack([self.tower.preprocess(of_photo) for of_photo in crops])
 
-    def __call__(self, pixels: torch.Tensor):  # -> (B, 1 + number, dim)
+    def __call__(
+        self,
+        pixels: torch.Tensor,  # from `preprocess`
+    ) -> torch.Tensor:  # (B, 1 + number, dim)
+        "The features of each region"
         return self.tower(pixels.flatten(0, 1))[:, 0].unflatten(0, pixels.shape[:2])
 
-    def describe(self):
-        return self.tower.describe() | dict(
+    def describe(self) -> dict:
+        "What a feature store and a model's config keep of it"
+        own = dict(
             features='boxes',
             cells=self.cells,
             of_box=self.tower.features,
             detector=self.detector.name,
         )
+        return self.tower.describe() | own
 
-    def save_pretrained(self, folder: str | Path):
+    def save_pretrained(
+        self,
+        folder: str | Path,  # where to
+    ):
+        "Write the tower, and the detector into `folder/detector`"
         self.tower.save_pretrained(folder)
         self.detector.save_pretrained(Path(folder) / 'detector')
 
@@ -275,32 +400,30 @@ def region_boxes(
 def open_regions(
     name: str | Path,  # a vision model or a caption model, as for `load_tower`
     detector: str = None,  # boxes instead of cells: of which detector
-    boxes: int = 19,  # how many a photo
+    boxes: int = 19,  # how many per photo
     image_size: int = None,  # squash photos to a square; None = as the tower does by itself
     cells: int = 49,  # a finer grid is averaged down to so many
-    device: str = None,  # cpu, cuda, ...; None = cuda where there is one
+    device: str = None,  # cpu, cuda, ...; None = the best one here
 ):  # a `VisionTower` with grid features, or a `RegionTower`
-    "What looks at regions"
+    "The tower that sees regions"
     tower = load_tower(name, 'pooled' if detector else 'grid', image_size, device)
     if detector:
         return RegionTower(tower, open_detector(detector, tower.model.device), boxes)
-    return (
-        tower
-        if cells >= tower.cells
-        else VisionTower(tower.model, tower.processor, 'grid', tower.image_size, cells)
-    )
+    if cells >= tower.cells:
+        return tower
+    return VisionTower(tower.model, tower.processor, 'grid', tower.image_size, cells)
 
 
 def reopen_regions(
     folder: str | Path,  # written by the tower's `save_pretrained`
-    about: dict,  # what its `describe` said
+    about: dict,  # as its `describe` gave it
     device: str = None,  # cpu, cuda, ...
 ):  # the same tower
     "A region tower from its folder"
-    own = Path(folder) / 'detector'
-    detector = (
-        (own if own.is_dir() else about['detector']) if about['features'] == 'boxes' else None
-    )
+    detector = None
+    if about['features'] == 'boxes':
+        saved = Path(folder) / 'detector'
+        detector = saved if saved.is_dir() else about['detector']
     return open_regions(
         folder, detector, about['cells'] - 1, about['image_size'], about['cells'], device
     )
