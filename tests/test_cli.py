@@ -71,17 +71,7 @@ def test_help_is_light(arguments):
     assert run.returncode == (2 if '--nonsense' in arguments else 0)
     imported = set(re.findall(r'\|\s+(\w+)$', run.stderr, re.M))
     assert 'typer' in imported and not imported & set(
-        [
-            'torch',
-            'transformers',
-            'numpy',
-            'pandas',
-            'PIL',
-            'matplotlib',
-            'huggingface_hub',
-            'rich',
-            'tqdm',
-        ]
+        "torch transformers numpy pandas PIL matplotlib huggingface_hub rich tqdm".split()
     )
     assert run.stdout.startswith(
         {'--version': 'clipcap 0', '--nonsense': ''}.get(arguments[-1], 'Usage: clipcap')

@@ -619,17 +619,7 @@ def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path, folders, ph
     for p in photos[:22]:
         (tmp_path / 'photos' / p.name).write_bytes(p.read_bytes())
     (tmp_path / 'photos' / '05.png').write_bytes(b'broken')
-    points = [
-        '1',
-        '2',
-        '3',
-        '5',
-        '8',
-        '9',
-        '13',
-        '22',
-        '24',
-    ]  # a start has 6 steps, every batch 3, the end 3
+    points = "1 2 3 5 8 9 13 22 24".split()  # a start has 6 steps, every batch 3, the end 3
     run = subprocess.run(
         [
             sys.executable,

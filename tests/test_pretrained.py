@@ -734,9 +734,9 @@ def test_no_network(cache, monkeypatch):
 
 def test_without_gdown(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gdown', None)
-    assert 'pip install gdown' in refusal(fetch, 'coco') and str(
-        cache / 'coco.pt'
-    ) in refusal(fetch, 'coco')
+    assert 'pip install gdown' in refusal(fetch, 'coco') and str(cache / 'coco.pt') in refusal(
+        fetch, 'coco'
+    )
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -31,28 +31,7 @@ class Cue:
 def alike(one: str, other: str, share: float = 0.75) -> bool:  # share: of their words
     "Whether two captions say nearly the same"
     little = set(
-        [
-            'a',
-            'an',
-            'the',
-            'is',
-            'are',
-            'of',
-            'in',
-            'on',
-            'at',
-            'to',
-            'with',
-            'and',
-            'there',
-            'that',
-            'this',
-            'it',
-            'its',
-            'his',
-            'her',
-            'their',
-        ]
+        "a an the is are of in on at to with and there that this it its his her their".split()
     )
     a, b = (
         {word[:3] for word in re.findall(r'\w+', text.lower()) if word not in little}

@@ -142,148 +142,23 @@ def as_sentence(
 
 # %% ../../nbs/base/01_words.ipynb #1wo-024
 _short = set(
-    [
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "prof",
-        "profs",
-        "rev",
-        "hon",
-        "gen",
-        "col",
-        "maj",
-        "capt",
-        "cmdr",
-        "lt",
-        "lieut",
-        "sgt",
-        "cpl",
-        "pvt",
-        "gov",
-        "sen",
-        "rep",
-        "pres",
-        "atty",
-        "esq",
-        "jr",
-        "sr",
-        "messrs",
-        "mme",
-        "mlle",
-        "st",
-        "ste",
-        "ave",
-        "blvd",
-        "rd",
-        "sq",
-        "mt",
-        "ft",
-        "bldg",
-        "dept",
-        "univ",
-        "co",
-        "cos",
-        "corp",
-        "inc",
-        "ltd",
-        "bros",
-        "assn",
-        "est",
-        "etc",
-        "vs",
-        "al",
-        "cf",
-        "ct",
-        "jan",
-        "feb",
-        "mar",
-        "apr",
-        "jun",
-        "jul",
-        "aug",
-        "sep",
-        "sept",
-        "oct",
-        "nov",
-        "dec",
-        "mon",
-        "tue",
-        "tues",
-        "wed",
-        "thu",
-        "thurs",
-        "fri",
-        "ala",
-        "ariz",
-        "calif",
-        "colo",
-        "conn",
-        "fla",
-        "ga",
-        "ind",
-        "kan",
-        "kans",
-        "ky",
-        "md",
-        "mich",
-        "minn",
-        "mo",
-        "mont",
-        "neb",
-        "nev",
-        "okla",
-        "penn",
-        "tenn",
-        "va",
-        "vt",
-        "wis",
-        "wisc",
-        "wyo",
-    ]
+    """
+    mr mrs ms dr prof profs rev hon gen col maj capt cmdr lt lieut sgt cpl pvt gov sen rep
+    pres atty esq jr sr messrs mme mlle st ste ave blvd rd sq mt ft bldg dept univ co cos
+    corp inc ltd bros assn est etc vs al cf ct jan feb mar apr jun jul aug sep sept oct nov
+    dec mon tue tues wed thu thurs fri ala ariz calif colo conn fla ga ind kan kans ky md
+    mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo
+""".split()
 )
 _states, _numbered = (
     set(['Ark', 'Del', 'Ill', 'La', 'Mass', 'Miss', 'Ore', 'Pa', 'Tex', 'Wash']),
     set(['no', 'nos', 'fig', 'figs', 'art', 'ca', 'op', 'pp', 'prop']),
 )
 _openings = set(
-    [
-        "A",
-        "The",
-        "An",
-        "There",
-        "One",
-        "This",
-        "Many",
-        "Some",
-        "In",
-        "These",
-        "Here",
-        "At",
-        "While",
-        "It",
-        "They",
-        "He",
-        "As",
-        "She",
-        "We",
-        "You",
-        "What",
-        "About",
-        "After",
-        "That",
-        "When",
-        "Their",
-        "Then",
-        "If",
-        "So",
-        "Such",
-        "More",
-        "Other",
-        "Our",
-        "Now",
-    ]
+    """
+    A The An There One This Many Some In These Here At While It They He As She We You What
+    About After That When Their Then If So Such More Other Our Now
+""".split()
 )  # the commonest first
 _letter = '[A-Za-zªµºÀ-ÖØ-öø-ͽͿ-῿぀-퟿]'  # of any alphabet
 _any = _letter[:-1] + '0-9]'  # a letter or a digit
@@ -329,7 +204,9 @@ _treebank_word = rf"""{_letter}+[aeiouy]{_quote}(?!{_ending})[aeiouA-Z]{_letter}
 | {_any}+(?:[.,]{_any}+)*-{_any}+(?:[-_]{_any}+)* | {_any}+(?:_{_any}+)*                      # t-shirt, and all plain words"""
 _sign = r'\.\.\. | -+ | [?!]+ | \*+ | _+ | &(?:\#\d+|[lg]t|quot|nbsp|[mn]dash); | \S'
 _token = re.compile(
-    '[ ]*(' + '\n|'.join([rf'{_letter}+(?=[ \n]|,[ \n]) | \n', _whole, _apart, _treebank_word, _sign]) + ')',
+    '[ ]*('
+    + '\n|'.join([rf'{_letter}+(?=[ \n]|,[ \n]) | \n', _whole, _apart, _treebank_word, _sign])
+    + ')',
     re.X,
 )
 

@@ -349,9 +349,7 @@ def _writer(folder):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ClipcapError(
-            "tensorboard is not installed: pip install tensorboard"
-        ) from None
+        raise ClipcapError("tensorboard is not installed: pip install tensorboard") from None
     return SummaryWriter(folder)
 
 
