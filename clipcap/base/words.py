@@ -59,7 +59,9 @@ _one_syllable = regex.compile(r'[^aeiouy]*[aeiouy][^aeiouwxy]')
 def _without_ending(word, ending):
     "The forms that -ing or -ed may have been added to: running, dressed, riding, opening"
     stem = word.removesuffix(ending)
-    if stem == word or not _vowel.search(stem) or len(stem) < len(ending):
+    if stem == word or len(stem) < 2 or not _vowel.search(stem):
+        return set()
+    if ending == 'ed' and stem.endswith('e'):  # seed, need
         return set()
     if _doubled.fullmatch(stem):
         return {stem, stem[:-1]}
@@ -141,76 +143,87 @@ def as_sentence(
     return end_sentence(capital)
 
 # %% ../../nbs/base/01_words.ipynb #1wo-024
-_short = set(
-    """
-    mr mrs ms dr prof profs rev hon gen col maj capt cmdr lt lieut sgt cpl pvt gov sen rep
-    pres atty esq jr sr messrs mme mlle st ste ave blvd rd sq mt ft bldg dept univ co cos
-    corp inc ltd bros assn est etc vs al cf ct jan feb mar apr jun jul aug sep sept oct nov
-    dec mon tue tues wed thu thurs fri ala ariz calif colo conn fla ga ind kan kans ky md
-    mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo
-""".split()
-)
-_states, _numbered = (
-    set(['Ark', 'Del', 'Ill', 'La', 'Mass', 'Miss', 'Ore', 'Pa', 'Tex', 'Wash']),
-    set(['no', 'nos', 'fig', 'figs', 'art', 'ca', 'op', 'pp', 'prop']),
-)
-_openings = set(
-    """
-    A The An There One This Many Some In These Here At While It They He As She We You What
-    About After That When Their Then If So Such More Other Our Now
-""".split()
-)  # the commonest first
-_letter = '[A-Za-zªµºÀ-ÖØ-öø-ͽͿ-῿぀-퟿]'  # of any alphabet
-_any = _letter[:-1] + '0-9]'  # a letter or a digit
-_stop = re.compile(rf'(?<![\w.-])({_any}+)\.(?!{_letter})(?=(\s?)([,;:]|\w*)(\s?))')
+_ABBREVIATIONS = """
+mr mrs ms dr prof profs rev hon gen col maj capt cmdr lt lieut sgt cpl pvt gov sen rep pres atty
+esq jr sr messrs mme mlle st ste ave blvd rd sq mt ft bldg dept univ co cos corp inc ltd bros assn
+est etc vs al cf ct jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
+ala ariz calif colo conn fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn va vt
+wis wisc wyo"""
+_STATES = 'Ark Del Ill La Mass Miss Ore Pa Tex Wash'
+_BEFORE_NUMBERS = 'no nos fig figs art ca op pp prop'
+_OPENINGS = """
+A The An There One This Many Some In These Here At While It They He As She We You What About After
+That When Their Then If So Such More Other Our Now"""
+_abbreviations = frozenset(_ABBREVIATIONS.split())
+_states = frozenset(_STATES.split())
+_before_numbers = frozenset(_BEFORE_NUMBERS.split())
+_openings = frozenset(_OPENINGS.split())
+
+_letter = '[A-Za-zªµºÀ-ÖØ-öø-ͽͿ-῿぀-퟿]'  # of any alphabet, as the Java tokenizer sees it
+_sign = _letter[:-1] + '0-9]'  # a letter or a digit
+_LEADER = '\u2024'  # a one-dot leader stands for a full stop that belongs to its word
+_stop = re.compile(rf'(?<![\w.-])({_sign}+)\.(?!{_letter})(?=(\s?)([,;:]|\w*)(\s?))')
 
 
 def _mark_stop(match):
-    "A word with its full stop as a one-dot leader where the two belong together, else as they are"
-    word, gap, follows, end = match.groups()
-    own = (
+    "A word with the leader where its full stop belongs to it, else as it is"
+    word, gap, following, end = match.groups()
+    begins_sentence = gap and end and following in _openings
+    keeps_stop = (
         word in _states
-        or word.lower() in _short
-        or word.lower() in _numbered
-        and follows[:1].isdigit()
-        or len(word) == 1
-        and word.isalpha()
-        and not (gap and end and follows in _openings)
-        or not gap
-        and follows in {',', ';', ':'}
+        or word.lower() in _abbreviations
+        or (word.lower() in _before_numbers and following[:1].isdigit())
+        or (len(word) == 1 and word.isalpha() and not begins_sentence)
+        or (not gap and following in {',', ';', ':'})
     )
-    return f'{word}\u2024' if own else match[0]
+    return word + _LEADER if keeps_stop else match[0]
 
-# %% ../../nbs/base/01_words.ipynb #1wo-026
-_quote, _ending = (
-    "['’‘`]",
-    r'(?:(?i:[smd]|ll|re|ve)(?![A-Za-z]))',
-)  # an apostrophe, and what one cuts off: 's 'm 'd 'll 're 've
-_whole = rf"""https?://\S*[\w/] | {_any}[\w.'-]*@[\w.-]*{_any}        # addresses
-| @[A-Za-z_]\w* | \#{_letter}+ | [CcFf]\# | [Cc]\+\+ | [A-Z]+\$     # @joe #fun C# C++ US$
-| [:;=]-?[()DdPp](?!{_any}) | \^_\^ | -_- | </?[A-Za-z][^<>\n]*>    # faces, and tags of a web page
-| (?:\(\d{{3}}\)\s?)?\d{{3}}-\d{{4}}(?!\d)                          # telephones: (555) 123-4567
-| (?:\d+[ ])?\d+/\d+(?:/\d+)?(?!\w) | [-+]\d+                       # 1 1/2, 9/11/01, -5
-| [-+]?\d*(?:[.,:]\d+)+(?![.,:]?\d|-{_any})                         # 1,000 and 12:30
-| (?:{_any}+-)*(?:{_letter}\.){{2,}}(?:-{_any}+)?(?!{_letter})       # U.S., non-U.S.
-| (?i:ph\.d\.) | {_any}+\u2024 | [A-Z]+(?:&[A-Z]+)+                 # Mr., and AT&T
-| {_letter}{_any}*(?:[.?!]{_letter}{_any}*)+                        # x.com; and the space forgotten.Like this
-| {_any}+(?:-{_letter}+)*(?:/{_any}+(?:-{_letter}+)*){{1,2}}(?!{_any})  # black/white"""
-_apart = rf"""[A-Za-z]*[A-MO-Za-mo-z](?=[nN]{_quote}[tT]) | ['’]{_ending}                       # do|n't, dog|'s
-| (?![IY])[A-Zdlon]{_quote}(?!{_ending}){_letter}{{2,}} | [nN]{_quote}[tT] | [yY]['’](?={_letter})   # O'Neill, y'|all
-| (?i:c'mon|e'er|dunkin'|\bol' | ['’](?:em|till?|cause)\b) | 't(?=is|was)                   # their apostrophe is theirs
-| ['’]n['’] | '[nN](?=\s|\Z) | '\d\d(?=\s|\Z) | ['’]\d0[sS]                                         # rock|'n'|roll, '09, '90s"""
-_treebank_word = rf"""{_letter}+[aeiouy]{_quote}(?!{_ending})[aeiouA-Z]{_letter}*                      # ma'am
-| {_any}+(?:[.,]{_any}+)*-{_any}+(?:[-_]{_any}+)* | {_any}+(?:_{_any}+)*                      # t-shirt, and all plain words"""
-_sign = r'\.\.\. | -+ | [?!]+ | \*+ | _+ | &(?:\#\d+|[lg]t|quot|nbsp|[mn]dash); | \S'
-_token = re.compile(
-    '[ ]*('
-    + '\n|'.join([rf'{_letter}+(?=[ \n]|,[ \n]) | \n', _whole, _apart, _treebank_word, _sign])
-    + ')',
-    re.X,
-)
+# %% ../../nbs/base/01_words.ipynb #1wo-027
+_quote = "['’‘`]"
+_ending = '(?:(?i:[smd]|ll|re|ve)(?![A-Za-z]))'  # what an apostrophe cuts off: dog's, I'll
+_rules = {
+    'plain word': rf'{_letter}+(?=[ \n]|,[ \n])',
+    'end of a caption': r'\n',
+    # signs that keep a word whole
+    'web address': r'https?://\S*[\w/]',
+    'mail address': rf"{_sign}[\w.'-]*@[\w.-]*{_sign}",
+    'user name': r'@[A-Za-z_]\w*',
+    'hashtag': rf'#{_letter}+',
+    'language': r'[CcFf]#|[Cc]\+\+',
+    'currency': r'[A-Z]+\$',
+    'face': rf'[:;=]-?[()DdPp](?!{_sign})|\^_\^|-_-',
+    'tag': r'</?[A-Za-z][^<>\n]*>',
+    'telephone': r'(?:\(\d{3}\)\s?)?\d{3}-\d{4}(?!\d)',
+    'fraction': r'(?:\d+ )?\d+/\d+(?:/\d+)?(?!\w)',
+    'signed number': r'[-+]\d+',
+    'number': rf'[-+]?\d*(?:[.,:]\d+)+(?![.,:]?\d|-{_sign})',
+    'dotted letters': rf'(?:{_sign}+-)*(?:{_letter}\.){{2,}}(?:-{_sign}+)?(?!{_letter})',
+    'doctorate': r'(?i:ph\.d\.)',
+    'abbreviation': rf'{_sign}+{_LEADER}',
+    'company': r'[A-Z]+(?:&[A-Z]+)+',
+    'no space after a stop': rf'{_letter}{_sign}*(?:[.?!]{_letter}{_sign}*)+',
+    'slash': rf'{_sign}+(?:-{_letter}+)*(?:/{_sign}+(?:-{_letter}+)*){{1,2}}(?!{_sign})',
+    # apostrophes
+    "verb before n't": rf'[A-Za-z]*[A-MO-Za-mo-z](?=[nN]{_quote}[tT])',
+    'ending': rf"['’]{_ending}",
+    'name': rf'(?![IY])[A-Zdlon]{_quote}(?!{_ending}){_letter}{{2,}}',
+    "n't": rf'[nN]{_quote}[tT]',
+    "y'": rf"[yY]['’](?={_letter})",
+    'own apostrophe': r"(?i:c'mon|e'er|dunkin'|\bol'|['’](?:em|till?|cause)\b)",
+    "'t": "'t(?=is|was)",
+    "'n'": r"['’]n['’]|'[nN](?=\s|\Z)",
+    'years': r"'\d\d(?=\s|\Z)|['’]\d0[sS]",
+    'apostrophe between vowels': (rf'{_letter}+[aeiouy]{_quote}(?!{_ending})[aeiouA-Z]{_letter}*'),
+    # all other words, and signs
+    'hyphens': rf'{_sign}+(?:[.,]{_sign}+)*-{_sign}+(?:[-_]{_sign}+)*',
+    'word': rf'{_sign}+(?:_{_sign}+)*',
+    'run of signs': r'\.\.\.|-+|[?!]+|\*+|_+',
+    'entity': r'&(?:#\d+|[lg]t|quot|nbsp|[mn]dash);',
+    'single sign': r'\S',
+}
+_token = re.compile(f"[ ]*({'|'.join(_rules.values())})")
 
-# %% ../../nbs/base/01_words.ipynb #1wo-028
+# %% ../../nbs/base/01_words.ipynb #1wo-030
 _written = {
     '[': '-lsb-',
     ']': '-rsb-',
@@ -225,71 +238,41 @@ _written = {
     '&lt;': '<',
     '&gt;': '>',
 }
-_written |= {
-    word.replace('|', ''): word.replace('|', '\t')
-    for word in ['can|not', 'gon|na', 'wan|na', 'got|ta', 'gim|me', 'lem|me']
+_two_words = {  # a tab parts words until the last step
+    'cannot': 'can\tnot',
+    'gonna': 'gon\tna',
+    'wanna': 'wan\tna',
+    'gotta': 'got\tta',
+    'gimme': 'gim\tme',
+    'lemme': 'lem\tme',
 }
-_written |= {
-    word: word.replace('’', "'") for word in ['’s', '’m', '’d', '’ll', '’re', '’ve', 'n’t']
+_straight = {
+    piece: piece.replace('’', "'") for piece in ('’s', '’m', '’d', '’ll', '’re', '’ve', 'n’t')
 }
-_written |= dict.fromkeys(
-    [
-        "''",
-        "'",
-        "``",
-        "`",
-        '"',
-        "’",
-        "‘",
-        "“",
-        "”",
-        "«",
-        "»",
-        ".",
-        "․",
-        "?",
-        "!",
-        ",",
-        ":",
-        ";",
-        "-",
-        "--",
-        "---",
-        "----",
-        "‐",
-        "–",
-        "—",
-        "―",
-        "…",
-        "...",
-        "&quot;",
-        "&nbsp;",
-        "&mdash;",
-        "&ndash;",
-    ],
-    '',
-)
+_PUNCTUATION = """
+'' ' `` ` " ’ ‘ “ ” « » . \u2024 ? ! , : ; - -- --- ---- ‐ – — ― … ...
+&quot; &nbsp; &mdash; &ndash;"""
+_written |= _two_words | _straight | dict.fromkeys(_PUNCTUATION.split(), '')
 
-# %% ../../nbs/base/01_words.ipynb #1wo-029
+# %% ../../nbs/base/01_words.ipynb #1wo-031
+def _one_line(caption):
+    "A caption without line breaks and soft hyphens"
+    if caption.isprintable():
+        return caption
+    return ' '.join(caption.replace('\xad', '').split())
+
+
 def ptb_tokenize(
     captions: list[str],  # texts; a line break in one counts as a space
-) -> list[str]:  # for each its words in small letters, with a space between
-    "Captions as words, cut as the Penn Treebank does, without punctuation: what pycocoevalcap's PTBTokenizer gives, without Java"
-    text = (
-        '\n'.join(
-            c if c.isprintable() else ' '.join(c.replace('\xad', '').split()) for c in captions
-        )
-        .replace('&amp;', '&')
-        .replace('&apos;', "'")
-    )
+) -> list[str]:  # of each its words in lower case, with a space between
+    "Captions as words, without punctuation: what pycocoevalcap's PTBTokenizer gives, without Java"
+    text = '\n'.join(map(_one_line, captions)).replace('&amp;', '&').replace('&apos;', "'")
     if not text.isascii():
         text = re.sub('[\U00010000-\U0010ffff]', ' ', text)  # emoji
-    written = (
-        _written.get(piece, piece)
-        for piece in map(str.lower, _token.findall(_stop.sub(_mark_stop, text)))
-    )
+    pieces = [piece.lower() for piece in _token.findall(_stop.sub(_mark_stop, text))]
+    written = [_written.get(piece, piece) for piece in pieces]
     words = '\t'.join(word for word in written if word)
-    words = (
-        words.replace('(', '-lrb-').replace(')', '-rrb-').replace(' ', '\xa0').replace('\t', ' ')
-    )  # 1 1/2 and phone numbers are one word each
-    return [line.strip(' ') for line in words.replace('\u2024', '.').split('\n')][: len(captions)]
+    words = words.replace('(', '-lrb-').replace(')', '-rrb-').replace(_LEADER, '.')
+    words = words.replace(' ', '\xa0')  # 1 1/2 and telephone numbers are one word each
+    lines = words.replace('\t', ' ').split('\n')
+    return [line.strip(' ') for line in lines[: len(captions)]]
