@@ -1,54 +1,82 @@
-# Everything runs in .venv, which `make demo` (users) and `make test` (developers) build from Python alone.
+# Everything runs in .venv, which `make demo` (users) and `make test` (developers) build from Python alone,
+# with the versions in requirements.lock. `make test-newest` and `make test-lowest` have environments of their
+# own, without the lock: at both ends of what settings.ini allows.
 PYTHON ?= python3
-PY := .venv/bin/python
-PIP := $(PY) -m pip -qq --disable-pip-version-check
+VENV ?= .venv
+VERSIONS ?= requirements.lock
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip -qq --disable-pip-version-check install
+# The releases in the lock are not made for a Python older than 3.11.5: pip then chooses among what settings.ini allows.
+LOCKED = $(shell $(PY) -c 'import sys; old = sys.version_info < (3, 11, 5) and "$(VERSIONS)" == "requirements.lock"; \
+  print("" if old else "--constraint $(VERSIONS)")')
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow notebooks lab bench results clean
+.PHONY: help demo test lint test-slow test-newest test-lowest lock notebooks lab bench results clean
 
 help:  ## Show this list
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r t h; do printf 'make %-10s  %s\n' "$$t" "$$h"; done
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r t h; do printf 'make %-12s  %s\n' "$$t" "$$h"; done
 
-demo: .venv/user.stamp  ## Caption a few photos with the bundled model, offline
-	@.venv/bin/clipcap demo
+demo: $(VENV)/user.stamp  ## Caption a few photos with the bundled model, offline
+	@$(VENV)/bin/clipcap demo
 
-test: .venv/dev.stamp  ## Check that the notebooks are clean, run each one, then pytest (ARGS=... for pytest)
+test: lint  ## Check style and notebooks, run each notebook, then pytest (ARGS=... for pytest)
 	$(PY) tools/run_notebooks.py
 	$(PY) -m pytest -q tests $(ARGS)
 
-test-slow: .venv/dev.stamp  ## Run the cells and tests marked slow, too
+lint: $(VENV)/dev.stamp  ## Check the style of notebooks, tests and tools (ruff.toml)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+test-slow: $(VENV)/dev.stamp  ## Run the cells and tests marked slow, too
 	$(PY) tools/run_notebooks.py --flags slow
 	$(PY) -m pytest -q tests -m slow $(ARGS)
 
-notebooks: .venv/dev.stamp  ## Export, run and clean the notebooks, keeping their outputs (NB=nbs/01_data.ipynb for one)
+# The environments are built anew each time: what is newest changes from day to day.
+test-newest:  ## Test with the newest releases that settings.ini allows, in .venv-newest
+	rm -rf .venv-newest
+	: > .newest.tmp
+	$(MAKE) test VENV=.venv-newest VERSIONS=.newest.tmp
+
+test-lowest:  ## Test with the lowest releases that settings.ini allows, in .venv-lowest
+	rm -rf .venv-lowest
+	$(PYTHON) tools/versions.py lowest > .lowest.tmp
+	$(MAKE) test VENV=.venv-lowest VERSIONS=.lowest.tmp
+
+lock: $(VENV)/dev.stamp  ## Write requirements.lock anew: the newest releases that settings.ini allows
+	$(PY) tools/lock.py
+
+notebooks: $(VENV)/dev.stamp  ## Export, run and clean the notebooks, keeping their outputs (NB=nbs/01_data.ipynb for one)
 	$(PY) tools/refresh_outputs.py $(NB)
 
-lab: .venv/dev.stamp  ## Open the notebooks in JupyterLab
+lab: $(VENV)/dev.stamp  ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs
 
-bench: .venv/dev.stamp  ## Measure speed and memory
+bench: $(VENV)/dev.stamp  ## Measure speed and memory
 	$(PY) benchmarks/bench.py $(ARGS)
 
-results: .venv/dev.stamp  ## Train and score every family (DATA=Flickr8k's folder TOWER=a MobileNetV2 WORK=a folder)
+results: $(VENV)/dev.stamp  ## Train and score every family (DATA=Flickr8k's folder TOWER=a MobileNetV2 WORK=a folder)
 	$(PY) benchmarks/results.py $(DATA) $(TOWER) $(WORK)
 
 clean:  ## Remove what builds and tests leave behind (.venv stays)
-	rm -rf build dist clipcap.egg-info .pytest_cache _proc
-	find clipcap nbs tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache _proc .venv-newest .venv-lowest .newest.tmp .lowest.tmp
+	find clipcap nbs tests tools benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(PY):
 	@command -v "$(PYTHON)" >/dev/null || { \
 	  echo "There is no $(PYTHON) here: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("clipcap needs Python 3.10 or newer, and $(PYTHON) is " + \
 	  sys.version.split()[0] + "; name another: make PYTHON=/path/to/python3")'
-	@"$(PYTHON)" -m venv --clear .venv || { rm -rf .venv; \
+	@"$(PYTHON)" -m venv --clear $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) could not make a virtual environment (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
-.venv/user.stamp: settings.ini setup.py | $(PY)
-	@echo "Installing clipcap and what it needs into .venv: once, some minutes" >&2
-	@$(PIP) install --use-pep517 --editable .
+# setuptools first, and no isolated build: pip would fetch whatever setuptools is newest for that, past the lock
+$(VENV)/user.stamp: settings.ini setup.py $(VERSIONS) | $(PY)
+	@echo "Installing clipcap and what it needs into $(VENV): once, some minutes" >&2
+	@$(INSTALL) $(LOCKED) setuptools wheel
+	@$(INSTALL) $(LOCKED) --no-build-isolation --editable .
 	@touch $@
 
-.venv/dev.stamp: settings.ini setup.py | $(PY)
-	@echo "Installing clipcap and its developers' tools into .venv: once, some minutes" >&2
-	@$(PIP) install --use-pep517 --editable '.[dev]'
-	@touch .venv/user.stamp $@
+$(VENV)/dev.stamp: settings.ini setup.py $(VERSIONS) | $(PY)
+	@echo "Installing clipcap and its developers' tools into $(VENV): once, some minutes" >&2
+	@$(INSTALL) $(LOCKED) setuptools wheel
+	@$(INSTALL) $(LOCKED) --no-build-isolation --editable '.[dev]'
+	@touch $(VENV)/user.stamp $@
