@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'Debug', 'CAPTION', 'TRAIN', 'MEASURE', 'FIND', 'MODELS', 'app', 'Model', 'Device', 'BatchSize',
            'Temperature', 'TopP', 'TopK', 'Beams', 'Candidates', 'MaxLength', 'Seed', 'RandomSeed', 'ImageSize', 'Data',
-           'debugging', 'describe_fault', 'complain', 'end_with', 'Commands', 'read_names', 'check_output', 'can_print',
-           'json_text', 'run_here']
+           'debugging', 'describe_fault', 'complain', 'end_with', 'Commands', 'finite', 'read_names', 'check_output',
+           'can_print', 'json_text', 'run_here']
 
 # %% ../../nbs/cli/01_base.ipynb #13-002
 import json
+import math
 import os
 import sys
 import tempfile
@@ -180,6 +181,15 @@ def _clipcap(
     "Captions for photos, and what it takes to train a model that writes them. More: COMMAND -h"
 
 # %% ../../nbs/cli/01_base.ipynb #13-b02
+def finite(
+    value: float | None,  # of an option
+) -> float | None:
+    "The value, unless it is no number: `typer.Option(callback=finite)` for every float"
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f'{value} is not a number')
+    return value
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -205,6 +215,7 @@ Temperature = Annotated[
     typer.Option(
         min=0,
         max=10,
+        callback=finite,
         metavar='NUMBER',
         help='0: the likeliest caption; above: sampled, the higher the more daring.',
     ),
@@ -214,6 +225,7 @@ TopP = Annotated[
     typer.Option(
         min=0.0001,
         max=1,
+        callback=finite,
         metavar='NUMBER',
         help='Sample only from the likeliest tokens that reach this probability together.',
     ),
