@@ -7,7 +7,7 @@ VERSIONS ?= requirements.lock
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip -qq --disable-pip-version-check install
 # The releases in the lock are not made for a Python older than 3.11.5: pip then chooses among what settings.ini allows.
-LOCKED = $(shell $(PY) -c 'import sys; old = sys.version_info < (3, 11, 5) and "$(VERSIONS)" == "requirements.lock"; \
+LOCKED = $(shell "$(PYTHON)" -c 'import sys; old = sys.version_info < (3, 11, 5) and "$(VERSIONS)" == "requirements.lock"; \
   print("" if old else "--constraint $(VERSIONS)")')
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint test-slow test-newest test-lowest lock notebooks lab bench results clean
@@ -33,16 +33,14 @@ test-slow: $(VENV)/dev.stamp  ## Run the cells and tests marked slow, too
 # The environments are built anew each time: what is newest changes from day to day.
 test-newest:  ## Test with the newest releases that settings.ini allows, in .venv-newest
 	rm -rf .venv-newest
-	: > .newest.tmp
 	$(MAKE) test VENV=.venv-newest VERSIONS=.newest.tmp
 
 test-lowest:  ## Test with the lowest releases that settings.ini allows, in .venv-lowest
 	rm -rf .venv-lowest
-	$(PYTHON) tools/versions.py lowest > .lowest.tmp
 	$(MAKE) test VENV=.venv-lowest VERSIONS=.lowest.tmp
 
-lock: $(VENV)/dev.stamp  ## Write requirements.lock anew: the newest releases that settings.ini allows
-	$(PY) tools/lock.py
+lock:  ## Write requirements.lock anew: the newest releases that settings.ini allows
+	$(PYTHON) tools/lock.py
 
 notebooks: $(VENV)/dev.stamp  ## Export, run and clean the notebooks, keeping their outputs (NB=nbs/01_data.ipynb for one)
 	$(PY) tools/refresh_outputs.py $(NB)
@@ -67,6 +65,12 @@ $(PY):
 	  sys.version.split()[0] + "; name another: make PYTHON=/path/to/python3")'
 	@"$(PYTHON)" -m venv --clear $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) could not make a virtual environment (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+.newest.tmp:
+	@touch $@
+
+.lowest.tmp: settings.ini tools/versions.py
+	@"$(PYTHON)" tools/versions.py lowest > $@
 
 # setuptools first, and no isolated build: pip would fetch whatever setuptools is newest for that, past the lock
 $(VENV)/user.stamp: settings.ini setup.py $(VERSIONS) | $(PY)

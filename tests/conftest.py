@@ -5,20 +5,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from browser import lab, lacking  # `lab` is a fixture
+from browser import lab, lacking  # noqa: F401 - `lab` is a fixture
 
 root = Path(__file__).resolve().parent.parent
 os.environ['HF_HUB_OFFLINE'] = '1'  # nothing here may need the network, nor find it by accident
 os.environ.pop('CLIPCAP_DATA', None)
+MARKERS = {
+    'slow': 'takes minutes; run by `make test-slow` (pytest -m slow)',
+    'browser': 'drives JupyterLab in headless Chromium; skipped where there is none',
+}
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        'markers', 'slow: takes minutes; run by `make test-slow` (pytest -m slow)'
-    )
-    config.addinivalue_line(
-        'markers', 'browser: drives JupyterLab in headless Chromium; skipped where there is none'
-    )
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line('markers', f'{name}: {meaning}')
     if not config.option.markexpr:
         config.option.markexpr = 'not slow'
 
@@ -32,10 +32,9 @@ def pytest_runtest_setup(item):
 def repo_files():
     "Paths, relative to the root, of the files that git has or would add"
     command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
-    names = subprocess.run(
-        command, cwd=root, check=True, capture_output=True, text=True
-    ).stdout.split('\0')
-    return sorted(Path(n) for n in set(names) if n and (root / n).is_file())
+    listed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    names = set(listed.split('\0')) - {''}
+    return sorted(Path(name) for name in names if (root / name).is_file())
 
 
 def clipcap(*arguments, code=0):
@@ -45,15 +44,15 @@ def clipcap(*arguments, code=0):
     from clipcap.cli.main import app
 
     result = CliRunner().invoke(app, [*map(str, arguments)], prog_name='clipcap')
-    assert result.exit_code == code and not isinstance(result.exception, Exception), (
-        result.exception,
-        result.output,
-    )
+    crashed = isinstance(result.exception, Exception)  # SystemExit is none
+    assert result.exit_code == code and not crashed, (result.exception, result.output)
     return result.stdout, result.stderr.splitlines()
 
 
 def complaint(*arguments):
     "The one line with which the command refuses"
-    said, [line] = clipcap(*arguments, code=1)
-    assert not said and line.startswith('clipcap: ') and 'Traceback' not in line
+    printed, [line] = clipcap(*arguments, code=1)
+    assert not printed
+    assert line.startswith('clipcap: ')
+    assert 'Traceback' not in line
     return line

@@ -6,13 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
-from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root / 'tools'))
+import versions  # noqa: E402
+
 nbs, lib = root / 'nbs', root / 'clipcap'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 modules = sorted(lib.rglob('[!_]*.py'))
@@ -126,22 +128,14 @@ def test_module_imports_only_from_wings_above_and_lower_numbers(path):
 
 
 def test_requirements_are_what_the_package_imports():
-    ini = ConfigParser(delimiters=['='])
-    ini.read(root / 'settings.ini', encoding='utf-8')
-    settings = ini['DEFAULT']
-
-    def wanted(*keys):
-        specifiers = (r for key in keys for r in settings[key].split())
-        return {canonical(re.match(r'[\w.-]+', r)[0]) for r in specifiers}
-
-    extras = (k for k in settings if k.endswith('_requirements') and k != 'dev_requirements')
-    asked, extra = wanted('requirements'), wanted(*extras)
-    names = {n.split('.')[0] for m in tree for n in imports(m)}
-    names -= {'clipcap'} | sys.stdlib_module_names
+    asked = {canonical(name) for name in versions.requirements('requirements')}
+    optional = {canonical(name) for key in versions.extras() for name in versions.requirements(key)}
+    imported = {name.split('.')[0] for module in tree for name in imports(module)}
+    imported -= {'clipcap'} | sys.stdlib_module_names
+    assert not imported & {'nbdev', 'fastcore', 'execnb'}, "nbdev is a developer's tool"
     homes = packages_distributions()
-    assert not names & {'nbdev', 'fastcore', 'execnb'}, "nbdev is a developer's tool"
-    used = {n: {canonical(d) for d in homes.get(n, [n])} for n in names}
-    missing = {n: d for n, d in used.items() if not d & (asked | extra)}
+    used = {name: {canonical(home) for home in homes.get(name, [name])} for name in imported}
+    missing = [name for name, homes in used.items() if not homes & (asked | optional)]
     assert not missing, 'imported, but not required in settings.ini'
     assert not asked - set().union(*used.values()), 'required in settings.ini, but never imported'
 
@@ -177,7 +171,7 @@ def test_notebook_tries_and_checks_what_it_exports(path):
 @each_notebook
 def test_notebook_stores_small_plain_outputs(path):
     outputs = [o for c in read(path)['cells'] for o in c.get('outputs', [])]
-    assert path.stat().st_size <= 300_000
+    assert path.stat().st_size <= 500_000
     errors = [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
     assert not errors
     assert not [k for o in outputs for k in o.get('data', {}) if 'widget' in k]
@@ -188,10 +182,11 @@ def test_notebook_stores_small_plain_outputs(path):
 
 # ---- what git holds
 def test_repository_holds_what_it_should(repo_files):
-    known = """nbs clipcap data weights tests tools benchmarks .ci settings.ini setup.py ruff.toml
-        README.md LICENSE MANIFEST.in Makefile .gitignore .gitattributes"""
+    known = """nbs clipcap data weights tests tools benchmarks .ci
+        settings.ini setup.py requirements.lock ruff.toml Makefile MANIFEST.in
+        README.md LICENSE .gitignore .gitattributes"""
     top = {p.parts[0] for p in repo_files}
-    assert top - {'requirements.lock'} == set(known.split()), top ^ set(known.split())
+    assert top == set(known.split()), top ^ set(known.split())
 
     def total(folder):
         return sum((root / p).stat().st_size for p in repo_files if p.is_relative_to(folder))

@@ -1,4 +1,4 @@
-"What `pip install` elsewhere gets: the sdist, the wheels built from it and from the checkout, the model inside them"
+"What pip installs elsewhere: the sdist, wheels built from it and from a clone, the model in them"
 
 import os
 import re
@@ -10,8 +10,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root / 'tools'))
+import versions  # noqa: E402
+
+python = sys.executable
 
 
 def run(*command, **kw):
@@ -21,93 +26,90 @@ def run(*command, **kw):
     return done.stdout
 
 
+def pip(*arguments):
+    return run(python, '-m', 'pip', '--disable-pip-version-check', *arguments)
+
+
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory, repo_files):
-    "A folder with sdist/*.tar.gz, sdist/*.whl (built from that sdist) and wheel/*.whl (built from a clean clone)"
+    "A folder with sdist/*.tar.gz, sdist/*.whl (built from that) and wheel/*.whl (from a clone)"
     clone, out = tmp_path_factory.mktemp('clean clone'), tmp_path_factory.mktemp('dist')
-    for p in repo_files:
-        (clone / p).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / p, clone / p)
-    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out / 'sdist', clone)
-    run(
-        sys.executable,
-        '-m',
-        'pip',
-        'wheel',
-        '--no-deps',
-        '--no-build-isolation',
-        '--use-pep517',
-        '--wheel-dir',
-        out / 'wheel',
-        clone,
-    )
+    for path in repo_files:
+        (clone / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / path, clone / path)
+    run(python, '-m', 'build', '--no-isolation', '--outdir', out / 'sdist', clone)
+    plain = ['--no-deps', '--no-build-isolation', '--use-pep517']
+    pip('wheel', *plain, '--wheel-dir', out / 'wheel', clone)
     return out
 
 
 def contents(wheel):
     "name -> bytes of what a wheel installs"
-    with zipfile.ZipFile(wheel) as z:
-        return {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def metadata(wheel):
+    "name -> text of a wheel's metadata"
+    files = contents(wheel).items()
+    return {n.split('/')[-1]: content.decode() for n, content in files if '.dist-info/' in n}
 
 
 def test_sdist_can_be_built_from(dist, repo_files):
     [sdist] = (dist / 'sdist').glob('*.tar.gz')
-    names = {Path(*Path(n).parts[1:]) for n in tarfile.open(sdist).getnames()}
-    weights = {p for p in repo_files if p.is_relative_to('weights/tiny')}
-    assert names >= weights | {
-        Path(n) for n in ('settings.ini', 'setup.py', 'README.md', 'LICENSE')
-    }
+    with tarfile.open(sdist) as archive:
+        names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    weights = {path for path in repo_files if path.is_relative_to('weights/tiny')}
+    assert names >= weights | {Path(n) for n in ('settings.ini', 'setup.py', 'README.md')}
+    assert Path('LICENSE') in names
 
 
 @pytest.mark.parametrize('source', ['wheel', 'sdist'])
-def test_wheel_holds_package_model_and_metadata(dist, repo_files, source):
+def test_wheel_holds_the_package_and_the_model(dist, repo_files, source):
     [wheel] = (dist / source).glob('*.whl')
-    got = contents(wheel)
-    model = {
-        f'clipcap/{p.as_posix()}': (root / p).read_bytes()
-        for p in repo_files
-        if p.is_relative_to('weights/tiny')
-    }
-    package = {p.as_posix(): (root / p).read_bytes() for p in repo_files if p.parts[0] == 'clipcap'}
+    installed = {n: data for n, data in contents(wheel).items() if '.dist-info/' not in n}
+    model = [path for path in repo_files if path.is_relative_to('weights/tiny')]
+    package = [path for path in repo_files if path.parts[0] == 'clipcap']
     assert model, 'weights/tiny is missing'
-    assert {n: b for n, b in got.items() if '.dist-info/' not in n} == model | package
-    info = {n.split('/')[-1]: b.decode() for n, b in got.items() if '.dist-info/' in n}
-    ini = dict(re.findall(r'(?m)^(\w+) = (.*)$', (root / 'settings.ini').read_text()))
-    runtime = re.findall(r'(?m)^Requires-Dist: ([^;\n]+)$', info['METADATA'])
-    normal = lambda specs: {
-        frozenset(re.split(r'(?=[<>=!~])|,', s.replace(' ', ''))) for s in specs
-    }
-    assert normal(runtime) == normal(ini['requirements'].split())
-    assert (
-        f"Version: {ini['version']}\n" in info['METADATA']
-        and f"Requires-Python: >={ini['min_python']}" in info['METADATA']
-    )
-    assert (
-        'MIT License' in info['LICENSE']
-        and 'clipcap = clipcap.cli.main:main' in info['entry_points.txt']
-    )
+    expected = {f'clipcap/{path.as_posix()}': (root / path).read_bytes() for path in model}
+    expected |= {path.as_posix(): (root / path).read_bytes() for path in package}
+    assert installed == expected
+
+
+@pytest.mark.parametrize('source', ['wheel', 'sdist'])
+def test_wheel_says_what_settings_say(dist, source):
+    [wheel] = (dist / source).glob('*.whl')
+    info, settings = metadata(wheel), versions.settings()
+    fields = info['METADATA'].partition('\n\n')[0].splitlines()
+    assert f'Name: {settings["lib_name"]}' in fields
+    assert f'Version: {settings["version"]}' in fields
+    assert f'Requires-Python: >={settings["min_python"]}' in fields
+    assert 'MIT License' in info['LICENSE']
+    assert settings['console_scripts'].replace('=', ' = ') in info['entry_points.txt']
+
+
+@pytest.mark.parametrize('source', ['wheel', 'sdist'])
+def test_wheel_asks_for_ranges_not_for_the_lock(dist, source):
+    [wheel] = (dist / source).glob('*.whl')
+    lines = re.findall(r'(?m)^Requires-Dist: (.+)$', metadata(wheel)['METADATA'])
+    asked = [Requirement(line) for line in lines]
+    always = {r.name: r.specifier for r in asked if not r.marker}
+    wanted = [Requirement(r) for r in versions.settings()['requirements'].split()]
+    assert always == {r.name: r.specifier for r in wanted}
+    assert not [r for r in asked if '==' in str(r.specifier)]
 
 
 def test_installed_wheel_captions_away_from_the_checkout(dist, tmp_path):
     [wheel] = (dist / 'sdist').glob('*.whl')
-    run(
-        sys.executable,
-        '-m',
-        'pip',
-        'install',
-        '--quiet',
-        '--no-deps',
-        '--target',
-        tmp_path / 'site',
-        wheel,
-    )
-    env = os.environ | {'PYTHONPATH': str(tmp_path / 'site')}
+    site = tmp_path / 'site'
+    pip('install', '--quiet', '--no-deps', '--target', site, wheel)
+    env = os.environ | {'PYTHONPATH': str(site)}
     code = '''import clipcap, numpy as np
 from clipcap.image import Captioner, find_model
 print(clipcap.__file__, find_model('tiny'), sep='\\n')
 print(*Captioner('tiny').caption([np.full((64, 64, 3), 200, np.uint8)]), sep='\\n')'''
-    package, model, caption = run(sys.executable, '-c', code, cwd=tmp_path, env=env).splitlines()
-    assert (
-        Path(package).is_relative_to(tmp_path) and Path(model).is_relative_to(tmp_path) and caption
-    )
-    assert run(tmp_path / 'site' / 'bin' / 'clipcap', '--version', cwd=tmp_path, env=env).strip()
+    package, model, caption = run(python, '-c', code, cwd=tmp_path, env=env).splitlines()
+    assert Path(package).is_relative_to(site)
+    assert Path(model).is_relative_to(site)
+    assert caption
+    assert run(site / 'bin' / 'clipcap', '--version', cwd=tmp_path, env=env).strip()

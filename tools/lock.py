@@ -16,12 +16,15 @@ import tempfile
 from importlib.metadata import distributions
 from pathlib import Path
 
-root = Path(__file__).resolve().parent.parent
-lock = root / 'requirements.lock'
-extras = {'dev'}
+import versions
+
+lock = versions.root / 'requirements.lock'
+OLDEST = (3, 11, 5)  # the oldest Python that the newest releases are made for; see the Makefile
 SYSTEMS = [
     dict(os_name='posix', sys_platform='linux', platform_system='Linux', platform_machine='x86_64'),
-    dict(os_name='posix', sys_platform='darwin', platform_system='Darwin', platform_machine='arm64'),
+    dict(
+        os_name='posix', sys_platform='darwin', platform_system='Darwin', platform_machine='arm64'
+    ),
     dict(os_name='nt', sys_platform='win32', platform_system='Windows', platform_machine='AMD64'),
 ]
 HEAD = """\
@@ -55,30 +58,37 @@ def needed(name, extras, system, installed):
 def pins(project):
     "`name==version` of what the project's users and developers need on every system"
     installed = {canonical(d.metadata['Name']): d for d in distributions()}
-    common = set.intersection(*(needed(project, extras, s, installed) for s in SYSTEMS))
-    return [f'{name}=={installed[name].version.split("+")[0]}' for name in sorted(common - {project})]
+    common = set.intersection(*(needed(project, {'dev'}, s, installed) for s in SYSTEMS))
+    public = {name: installed[name].version.split('+')[0] for name in sorted(common - {project})}
+    return [f'{name}=={version}' for name, version in public.items()]
+
+
+def install_and_list(folder):
+    "The pins of an environment that is made in a folder"
+    subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
+    python = Path(folder) / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
+    pip = [python, '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet']
+    subprocess.run([*pip, '--use-pep517', f'{versions.root}[dev]'], check=True)
+    listed = subprocess.run(
+        [python, __file__, '--list'], check=True, capture_output=True, text=True
+    )
+    return listed.stdout.splitlines()
 
 
 def main():
+    if sys.version_info < OLDEST:
+        sys.exit(f'the lock is made with Python {".".join(map(str, OLDEST))} or newer')
     with tempfile.TemporaryDirectory() as tmp:
-        subprocess.run([sys.executable, '-m', 'venv', tmp], check=True)
-        python = Path(tmp) / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
-        pip = [python, '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet']
-        target = f'{root}[{",".join(sorted(extras))}]'
-        subprocess.run([*pip, '--use-pep517', target], check=True)
-        found = subprocess.run([python, __file__, '--list'], check=True, capture_output=True, text=True)
+        found = install_and_list(tmp)
     old = lock.read_text(encoding='utf-8').splitlines() if lock.exists() else []
-    lock.write_text(HEAD + found.stdout, encoding='utf-8')
-    new = lock.read_text(encoding='utf-8').splitlines()
-    for line in sorted(set(old) ^ set(new), key=lambda line: line.lower()):
+    lock.write_text(HEAD + '\n'.join(found) + '\n', encoding='utf-8')
+    for line in sorted({*old} ^ {*HEAD.splitlines(), *found}):
         print('-' if line in old else '+', line)
-    print(f'{lock.name}: {len(found.stdout.splitlines())} packages')
+    print(f'{lock.name}: {len(found)} packages')
 
 
 if __name__ == '__main__':
     if sys.argv[1:] == ['--list']:
-        from versions import project
-
-        print(*pins(canonical(project())), sep='\n')
+        print(*pins(canonical(versions.project())), sep='\n')
     else:
         main()

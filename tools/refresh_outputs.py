@@ -1,7 +1,9 @@
 """Export the notebooks, run them as nbdev_test does, keep their outputs, and clean them.
 
-python tools/refresh_outputs.py [--flags slow] [nbs/01_data.ipynb ...]     (all notebooks where none is named)
-What goes to stderr (progress bars, warnings) is not kept; paths and addresses that change from run to run are evened out."""
+python tools/refresh_outputs.py [--flags slow] [nbs/01_data.ipynb ...]   (all where none is named)
+
+What goes to stderr (progress bars, warnings) is not kept; paths and addresses that change from run
+to run are evened out."""
 
 import argparse
 import re
@@ -9,38 +11,47 @@ import subprocess
 import sys
 from pathlib import Path
 
-from run_notebooks import notebooks, offline, root
+from run_notebooks import notebooks, offline, root, scripts
 
 
 def steady(text):
     "The text without what differs from machine to machine or run to run"
+    if isinstance(text, list):
+        return [steady(line) for line in text]
     text = text.replace(str(root), '..')
     text = re.sub(r'/tmp/tmp\w+', '/tmp/...', text)
     return re.sub(r'\b0x[0-9a-f]{6,}\b', '0x...', text)
 
 
+def keep_smaller_picture(data):
+    "Pillow shows a picture as PNG and as JPEG: leave the smaller of the two"
+    sizes = {kind: len(data[kind]) for kind in ('image/png', 'image/jpeg') if kind in data}
+    if len(sizes) > 1:
+        del data[max(sizes, key=sizes.get)]
+
+
 def keep(outputs):
     "The outputs worth storing, steadied"
     outputs = [o for o in outputs if o.get('name') != 'stderr']
-    live = [
-        o for o in outputs if o.get('metadata', {}).get('live')
-    ]  # drawings that replace one another
-    outputs = [o for o in outputs if not any(o is old for old in live[:-1])]
-    for o in outputs:
-        twice = {
-            k: len(v) for k, v in o.get('data', {}).items() if k in ('image/png', 'image/jpeg')
-        }  # Pillow gives both
-        if len(twice) > 1:
-            del o['data'][max(twice, key=twice.get)]
-        texts = (
-            [(o, 'text')]
-            if 'text' in o
-            else [(o['data'], k) for k in o['data'] if k.startswith('text/')]
-        )
-        for where, key in texts:
-            v = where[key]
-            where[key] = steady(v) if isinstance(v, str) else [steady(line) for line in v]
+    live = [o for o in outputs if o.get('metadata', {}).get('live')]  # each replaces the one before
+    outputs = [o for o in outputs if not any(o is earlier for earlier in live[:-1])]
+    for output in outputs:
+        data = output.get('data', {})
+        keep_smaller_picture(data)
+        if 'text' in output:
+            output['text'] = steady(output['text'])
+        for kind in data:
+            if kind.startswith('text/'):
+                data[kind] = steady(data[kind])
     return outputs
+
+
+def directives_of(path):
+    "Cell id -> its nbdev directives"
+    from nbdev.process import NBProcessor
+
+    cells = NBProcessor(path, process=True, rm_directives=False).nb.cells
+    return {cell.id: getattr(cell, 'directives_', None) or {} for cell in cells}
 
 
 def refresh(path, flags):
@@ -50,55 +61,49 @@ def refresh(path, flags):
     from fastcore.xtras import working_directory
     from nbdev.clean import nbdev_clean
     from nbdev.config import get_config
-    from nbdev.process import NBProcessor
 
-    nb, skip = read_nb(path), set(get_config().tst_flags.split()) - set(flags.split())
-    directives = {
-        c.id: getattr(c, 'directives_', None) or {}
-        for c in NBProcessor(path, process=True, rm_directives=False).nb.cells
-    }
+    notebook, directives = read_nb(path), directives_of(path)
+    skipped = set(get_config().tst_flags.split()) - set(flags.split())
 
     def omit(cell):
-        d = directives[cell.id]
-        if (
-            cell.cell_type != 'code'
-            or d.get('eval:', [''])[0].lower() == 'false'
-            or skip & d.keys()
-        ):
+        "Whether a cell is not to run; one that is to run loses its old outputs"
+        words = directives[cell.id]
+        never = words.get('eval:', [''])[0].lower() == 'false'
+        if cell.cell_type != 'code' or never or skipped & words.keys():
             return True
         cell.outputs = []
+        return False
+
+    def store(cell):
+        cell.outputs = keep(cell.outputs)
 
     shell = CaptureShell(path, mpl_format='png')
     try:
         with working_directory(path.parent):
-            shell.run_all(
-                nb,
-                exc_stop=True,
-                preproc=omit,
-                postproc=lambda cell: setattr(cell, 'outputs', keep(cell.outputs)),
-            )
+            shell.run_all(notebook, exc_stop=True, preproc=omit, postproc=store)
     except Exception:
         sys.exit(shell.prettytb(fname=path))
-    write_nb(nb, path)
+    write_nb(notebook, path)
     nbdev_clean(fname=str(path))
+
+
+def main(paths, flags):
+    "Refresh each notebook in a process of its own"
+    subprocess.run([scripts / 'nbdev_export'], cwd=root, check=True)
+    for path in paths or notebooks():
+        print(path, flush=True)
+        command = [sys.executable, __file__, '--here', '--flags', flags, path.resolve()]
+        if subprocess.run(command, cwd=root, env=offline()).returncode:
+            sys.exit(1)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('notebooks', nargs='*', type=Path)
-    parser.add_argument(
-        '--flags', default='', help='run the cells with these flags too, such as "slow cuda"'
-    )
-    parser.add_argument(
-        '--here', action='store_true', help=argparse.SUPPRESS
-    )  # one notebook, in this process
+    parser.add_argument('--flags', default='', help='also run cells with these flags: "slow cuda"')
+    parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
         refresh(args.notebooks[0].resolve(), args.flags)
     else:
-        subprocess.run([Path(sys.executable).parent / 'nbdev_export'], cwd=root, check=True)
-        for path in args.notebooks or notebooks():
-            print(path, flush=True)
-            command = [sys.executable, __file__, '--here', '--flags', args.flags, path.resolve()]
-            if subprocess.run(command, cwd=root, env=offline()).returncode:
-                sys.exit(1)
+        main(args.notebooks, args.flags)

@@ -2,8 +2,8 @@
 
 python tools/versions.py lowest     the lower bound of each requirement, as `name==version`
 
-`make test-lowest` gives that to pip as constraints, so a bound that is too low is found out. Only the
-standard library is used: it runs before anything is installed."""
+`make test-lowest` gives that to pip as constraints, so a bound that is too low is found out. Only
+the standard library is used: this runs before anything is installed."""
 
 import re
 import sys
@@ -21,24 +21,30 @@ def settings():
 
 
 def project():
-    "The name under which the project is installed"
+    "The name under which the project is installed: `clipcap` is another project's on PyPI"
     return settings()['lib_name']
 
 
-def requirements(*keys):
-    "name -> specifiers such as ['>=1.2', '<2'] under `requirements`, `dev_requirements` ...; all where no key is named"
-    ini, found = settings(), {}
-    for key in keys or [k for k in ini if k.endswith('requirements')]:
-        for item in ini[key].split():
-            name, specifiers = re.fullmatch(r'([\w.-]+)(.*)', item).groups()
-            found[name] = [s for s in specifiers.split(',') if s]
+def extras():
+    "The keys of settings.ini that hold what only some users need"
+    keys = [key for key in settings() if key.endswith('_requirements')]
+    return [key for key in keys if key != 'dev_requirements']
+
+
+def requirements(key):
+    "name -> its specifiers, such as ['>=1.2', '<2'], of what stands under a key of settings.ini"
+    found = {}
+    for item in settings()[key].split():
+        name, specifiers = re.fullmatch(r'([\w.-]+)(.*)', item).groups()
+        found[name] = [s for s in specifiers.split(',') if s]
     return found
 
 
 def lowest():
     "`name==version` with the lower bound of every requirement of users and developers"
-    for name, specifiers in requirements('requirements', 'dev_requirements').items():
-        bounds = [s[2:] for s in specifiers if s.startswith('>=')]
+    everything = requirements('requirements') | requirements('dev_requirements')
+    for name, specifiers in everything.items():
+        bounds = [s.removeprefix('>=') for s in specifiers if s.startswith('>=')]
         if len(bounds) != 1:
             sys.exit(f'settings.ini: {name} needs one lower bound: {name}>=...')
         yield f'{name}=={bounds[0]}'
