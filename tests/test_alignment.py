@@ -1,5 +1,6 @@
 "Words and regions: the score, the loss, training and resuming, boxes, phrases, CLIP, and the two commands"
 
+import base64
 import itertools
 import json
 import math
@@ -84,6 +85,7 @@ def world(tmp_path_factory):
                 tower=dict(cells=4, dim=16),
                 skipped={},
                 names=names,
+                identities=base64.b64encode(bytes(32 * n)).decode(),
             )
         )
     )

@@ -8,9 +8,9 @@ import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from faults import Striking, interrupt, no_space, power_cut
 
 from clipcap.base import files
 from clipcap.base.files import (
@@ -27,58 +27,6 @@ from clipcap.base.files import (
 )
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='what only POSIX has')
-CHANGES = {'os.rename', 'os.mkdir', 'os.chmod', 'os.remove', 'os.rmdir', 'os.listdir', 'open'}
-_fault = {'at': None}  # what the hook below does with the n-th step in a folder
-
-
-def _strike(event, arguments):
-    # CPython tells its audit hooks of each call that touches a file, before it is made
-    if _fault['at'] is None or event not in CHANGES:
-        return
-    path = arguments[0]
-    if not isinstance(path, (str, bytes, os.PathLike)) or not os.fsdecode(path).startswith(
-        _fault['folder']
-    ):
-        return
-    _fault['steps'] += 1
-    if _fault['steps'] == _fault['at'] or (_fault['lasting'] and _fault['steps'] > _fault['at']):
-        _fault['act']()
-
-
-sys.addaudithook(_strike)
-
-
-class Striking:
-    "Do `act` in the n-th step that touches a file in `folder` (and, lasting, in all after it)"
-
-    def __init__(self, folder, at, act, lasting=False):
-        self.settings = {
-            'folder': str(folder),
-            'at': at,
-            'act': act,
-            'lasting': lasting,
-            'steps': 0,
-        }
-
-    def __enter__(self):
-        _fault.update(self.settings)
-        return self
-
-    def __exit__(self, *_):
-        self.struck = _fault['steps'] >= _fault['at']
-        _fault['at'] = None
-
-
-def no_space():
-    raise OSError(errno.ENOSPC, 'No space left on device')
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def power_cut():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def complaint(function, *arguments, **options):
