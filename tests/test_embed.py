@@ -1,16 +1,17 @@
-"clipcap.embed where a lesson would drown in it: every family of towers, kill -9, damage, a look-alike of the Hub"
+"clipcap.embed: every family of towers, faults of photos and of weights, a look-alike of the Hub"
 
 import hashlib
 import http.server
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,10 +45,17 @@ from transformers import (
     ViTModel,
 )
 
-from clipcap.base.files import ClipcapError
-from clipcap.base.photos import read_ahead
+from clipcap.base.files import ClipcapError, lock
 from clipcap.base.store import FeatureStore
-from clipcap.embed import VisionTower, embed_images, load_vision_model, pixels_of
+from clipcap.embed import (
+    VisionTower,
+    best_device,
+    embed_images,
+    features_of,
+    fingerprint,
+    load_vision_model,
+    pixels_of,
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -180,19 +188,13 @@ def tower(folders):
     return VisionTower.from_pretrained(folders['resnet'], 'grid', device='cpu')
 
 
-def refuses(*what):
-    "One line of ClipcapError with all these words"
-
-    class Refusal:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, kind, error, _):
-            assert kind is ClipcapError, f'{kind}: {error}'
-            assert '\n' not in str(error) and all(word in str(error) for word in what), str(error)
-            return True
-
-    return Refusal()
+@contextmanager
+def refuses(*words):
+    "One line of `ClipcapError` with all these words"
+    with pytest.raises(ClipcapError) as caught:
+        yield
+    told = str(caught.value)
+    assert '\n' not in told and all(word in told for word in words), told
 
 
 # ---- towers
@@ -376,9 +378,9 @@ def test_refusals(tmp_path, folders):
 
 
 def test_fingerprint(folders):
-    load = lambda name='clip', kind='pooled', **more: VisionTower.from_pretrained(
-        folders[name], kind, device='cpu', **more
-    )
+    def load(name='clip', kind='pooled', **options):
+        return VisionTower.from_pretrained(folders[name], kind, device='cpu', **options)
+
     towers = [
         load(),
         load(kind='grid'),
@@ -441,11 +443,11 @@ def test_names_duplicates_and_order(tmp_path, photos, tower, capfd):
         tower, photos[:2], tmp_path / 'c', root=photos[0].parent.parent, progress=False
     )
     assert named.names == [f'{photos[0].parent.name}/0{i}.png' for i in range(2)]
-    with refuses('root'):
+    with refuses(f'does not lie in {tmp_path}'):
         embed_images(tower, photos[:2], tmp_path / 'd', root=tmp_path)
-    with refuses('name of their own'):
+    with refuses('another photo is called 1.png, too'):
         embed_images(tower, ['x/1.png', 'y/1.png'], tmp_path / 'd')
-    with refuses('root'):
+    with refuses('no photos'):
         embed_images(tower, [], tmp_path / 'd')
     with refuses('lacks 2 of 3', 'nobody.png'):
         store.rows(['03.png', 'nobody.png', 'x.png'])
@@ -486,167 +488,239 @@ def test_other_features_are_refused(tmp_path, photos, tower, folders):
     assert len(FeatureStore.open(tmp_path / 'store', tower.fingerprint)) == 3
 
 
-def test_damage_is_noticed(tmp_path, photos, tower):
-    store = embed_images(tower, photos[:5], tmp_path / 'store', progress=False)
-    manifest, rows = (store.folder / name for name in ('manifest.json', 'features.npy'))
-    whole = manifest.read_text(), rows.read_bytes()
-
-    def damaged(file, content):
-        file.write_bytes(content)
-        with refuses(str(store.folder)):
-            FeatureStore.open(store.folder)
-        with refuses(str(store.folder)):
-            embed_images(tower, photos, store.folder, progress=False)
-        manifest.write_text(whole[0])
-        rows.write_bytes(whole[1])
-
-    damaged(manifest, whole[0].encode()[:50])
-    damaged(manifest, b'[]')
-    damaged(manifest, b'{}')
-    damaged(rows, whole[1][:-1])
-    damaged(rows, b'')
-    damaged(rows, b'not an array')
-    np.save(pickled := io.BytesIO(), np.array([{}], dtype=object), allow_pickle=True)
-    damaged(rows, pickled.getvalue())
-    for other in (
-        np.zeros((5, 2, 2), np.float16),
-        np.zeros((4, *store[0].shape), np.float16),
-        np.zeros((5, *store[0].shape), np.float32),
-    ):
-        np.save(array := io.BytesIO(), other)
-        damaged(rows, array.getvalue())
-    manifest.unlink()
-    with refuses('features.npy'):
-        embed_images(tower, photos, store.folder)  # somebody else's array is not written over
-    assert rows.read_bytes() == whole[1]
+@pytest.fixture
+def scenes(tmp_path):
+    "Twelve photos that may be changed"
+    folder = tmp_path / 'scenes'
+    folder.mkdir()
+    for i in range(12):
+        picture(100 + i).save(folder / f'{i:02}.bmp')
+    return sorted(folder.iterdir())
 
 
-def test_read_ahead_is_bounded():
-    read, lock = [], threading.Lock()
+def test_other_photos_under_the_same_names(tmp_path, scenes, tower):
+    "One photo replaced (a bitmap: as long as before), then all of another data set"
+    store = embed_images(tower, scenes, tmp_path / 'store', progress=False)
+    before = store[:]
+    times = scenes[3].stat().st_atime_ns, scenes[3].stat().st_mtime_ns
+    picture(999).save(scenes[3])
+    os.utime(scenes[3], ns=times)
+    store = embed_images(tower, scenes, tmp_path / 'store', progress=False)
+    alone = embed_images(tower, scenes[3:4], tmp_path / 'alone', progress=False)
+    rows = store.rows([path.name for path in scenes])
+    np.testing.assert_allclose(store[rows[3]], alone[0], atol=2e-3, rtol=2e-3)
+    others = np.arange(12) != 3
+    assert np.array_equal(store[rows[others]], before[others])
+    assert not np.allclose(store[rows[3]], before[3], atol=2e-3)
 
-    def note(source):
-        with lock:
-            read.append(source)
-        if source == 5:
-            raise ClipcapError('five')
-        return -source
+    second = tmp_path / 'second'
+    second.mkdir()
+    for i, path in enumerate(scenes):
+        picture(500 + i).save(second / path.name)
+    photos = sorted(second.iterdir())
+    store = embed_images(tower, photos, tmp_path / 'store', progress=False)
+    fresh = embed_images(tower, photos, tmp_path / 'fresh', progress=False)
+    assert store.names == fresh.names and np.array_equal(store[:], fresh[:])
 
-    for n, batch in enumerate(
-        read_ahead(list(range(40)), note, batch_size=4, workers=3, keep_faults=True)
-    ):
-        time.sleep(0.01)
-        assert len(read) <= 4 * (n + 3)
-        assert [s for s, _ in batch] == list(range(4 * n, 4 * n + 4)) and all(
-            r == -s or s == 5 for s, r in batch
+
+def test_nothing_is_read_or_locked_where_nothing_has_changed(tmp_path, scenes, tower):
+    embed_images(tower, scenes, tmp_path / 'store', progress=False)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'store').iterdir()}
+    with lock(tmp_path / 'store', 'another run'), ThreadPoolExecutor(1) as pool:
+        run = pool.submit(embed_images, tower, scenes, tmp_path / 'store', progress=False)
+        assert len(run.result()) == 12
+        more = pool.submit(
+            embed_images, tower, [*scenes, scenes[0].parent / 'x'], tmp_path / 'store'
         )
-    assert len(read) == 40 and n == 9
+        with refuses('in use'):
+            run.result()
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'store').iterdir()}
+    assert after == before
 
 
-def test_a_large_store_opens_at_once_and_stays_on_disk(tmp_path):
-    n, cells, dim = 100_000, 49, 512
-    with open(tmp_path / 'features.npy', 'wb') as file:
-        np.lib.format.write_array_header_1_0(
-            file, dict(descr='<f2', fortran_order=False, shape=(n, cells, dim))
-        )
-        file.truncate(file.tell() + 2 * n * cells * dim)  # 5 GB, none of it written
-    names = [f'{i:012}.jpg' for i in range(n)]
-    (tmp_path / 'manifest.json').write_text(
-        json.dumps(
-            dict(
-                whole=True,
-                fingerprint='f',
-                tower=dict(cells=cells, dim=dim),
-                skipped={},
-                names=names,
-            )
-        )
-    )
-    memory = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096
-    before, start = memory(), time.process_time()
-    store = FeatureStore.open(tmp_path, 'f')
-    rows = store.rows(names[::7])
-    assert time.process_time() - start < 1 and rows[-1] == 99_995
-    opened = memory()
-    for batch in np.random.default_rng(0).permutation(rows)[:1024].reshape(-1, 64):
-        assert store[batch].shape == (64, cells, dim)  # 51 MB
-    assert opened - before < 60e6 and memory() - opened < 20e6, (
-        f'{(opened - before) / 1e6:.0f} and {(memory() - opened) / 1e6:.0f} MB more'
-    )
-
-
-# ---- kill -9
-killed = '''
-import os, signal, sys, types, warnings
-import torch
-torch.set_num_threads(1); warnings.simplefilter('ignore')
+embedding = """
+import sys
 from pathlib import Path
-from clipcap import embed
-tower = embed.VisionTower.from_pretrained(sys.argv[1], 'grid', device='cpu')
-photos, stores = sorted(Path(sys.argv[2]).iterdir()), Path(sys.argv[3])
-ticks = iter(range(0, 10**6, 3))
-embed.time = types.SimpleNamespace(monotonic=lambda: next(ticks))   # two seconds pass with every batch
-
-def run(name, die_at=0):
-    "Embed in a process of its own, which kills itself before its step number die_at towards the disk"
-    if os.fork(): return os.wait()[1]
-    steps = 0
-    def dying(step):
-        def do(*args):
-            nonlocal steps
-            steps += 1
-            if steps == die_at: os.kill(os.getpid(), signal.SIGKILL)
-            return step(*args)
-        return do
-    real = os.fsync, os.replace
-    embed.os = types.SimpleNamespace(**{**vars(os), 'fsync': dying(os.fsync), 'replace': dying(os.replace)})
-    store = embed.embed_images(tower, photos, stores/name, batch_size=4, progress=False)
-    os._exit(0)
-
-assert run('unbroken') == 0
-for die_at in map(int, sys.argv[4:]):
-    print(die_at, run(str(die_at), die_at), flush=True)
-    try: embed.FeatureStore.open(stores/str(die_at)); print('taken for whole')
-    except embed.ClipcapError: pass
-    run(str(die_at), 8)   # and killed once more
-    assert run(str(die_at)) == 0
-print(tower.fingerprint)
-'''
+from clipcap.embed import VisionTower, embed_images
+tower = VisionTower.from_pretrained(sys.argv[1], 'grid', device='cpu')
+print('ready', flush=True)
+sys.stdin.read()
+embed_images(tower, sorted(Path(sys.argv[2]).iterdir()), sys.argv[3], batch_size=1, progress=False)
+"""
 
 
-def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path, folders, photos, tower):
-    (tmp_path / 'photos').mkdir()
-    (tmp_path / 'stores').mkdir()
-    for p in photos[:22]:
-        (tmp_path / 'photos' / p.name).write_bytes(p.read_bytes())
-    (tmp_path / 'photos' / '05.png').write_bytes(b'broken')
-    points = "1 2 3 5 8 9 13 22 24".split()  # a start has 6 steps, every batch 3, the end 3
-    run = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            killed,
-            folders['resnet'],
-            tmp_path / 'photos',
-            tmp_path / 'stores',
-            *points,
-        ],
-        text=True,
-        capture_output=True,
-        cwd=root,
-    )
-    assert run.returncode == 0, run.stderr
-    *lines, fingerprint = run.stdout.splitlines()
-    assert (
-        lines == [f'{n} 9' for n in points] and fingerprint == tower.fingerprint
-    )  # signal 9; never whole; the same name in every process
-    for name in points:
-        for file in 'features.npy', 'manifest.json':
-            assert (tmp_path / 'stores' / name / file).read_bytes() == (
-                tmp_path / 'stores' / 'unbroken' / file
-            ).read_bytes(), (name, file)
-        assert len(list((tmp_path / 'stores' / name).iterdir())) == 2
-    store = FeatureStore.open(tmp_path / 'stores' / '1')
-    assert len(store) == 21 and list(store.skipped) == ['05.png']
+def test_of_two_runs_at_once_one_is_refused_and_no_row_is_wrong(tmp_path, folders, tower):
+    sets = []
+    for k in range(2):
+        folder = tmp_path / f'set-{k}'
+        folder.mkdir()
+        for i in range(60):
+            picture(1000 * k + i).save(folder / f'{i:03}.png')
+        sets.append(folder)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, '-c', embedding, folders['resnet'], folder, tmp_path / 'store'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for folder in sets
+    ]
+    for run in runs:
+        assert run.stdout.readline() == 'ready\n'
+    for run in runs:
+        run.stdin.close()
+    errors = [run.stderr.read() for run in runs]
+    codes = [run.wait(60) for run in runs]
+    assert 0 in codes
+    for code, error in zip(codes, errors, strict=True):
+        assert code == 0 or 'in use by process' in error
+    store = FeatureStore.open(tmp_path / 'store')
+    rights = [embed_images(tower, sorted(s.iterdir()), tmp_path / s.name.upper()) for s in sets]
+    right = [np.allclose(store[:], all_rows[:], atol=2e-3, rtol=2e-3) for all_rows in rights]
+    assert any(right) and len(store) == 60
+    for path in sets[0], sets[1]:  # and whoever comes next sets everything right
+        store = embed_images(tower, sorted(path.iterdir()), tmp_path / 'store', progress=False)
+        wanted = rights[sets.index(path)]
+        np.testing.assert_allclose(store[:], wanted[:], atol=2e-3, rtol=2e-3)
+
+
+class Sick(VisionTower):
+    "A tower that gives NaN, or too much, for dark photos, and for all of them once it is dead"
+
+    dead = False
+    value = float('nan')
+
+    def __call__(self, pixels):
+        rows = super().__call__(pixels)
+        dark = pixels.float().flatten(1).mean(1) < 1
+        rows[dark | self.dead] = self.value
+        return rows
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e6])
+def test_features_that_are_not_finite_are_named_and_left_out(tmp_path, scenes, tower, value):
+    sick = Sick(tower.model, tower.processor, 'grid')
+    sick.value = value
+    Image.new('RGB', (60, 40)).save(scenes[5])
+    with pytest.warns(UserWarning, match='05.bmp: its features are not finite') as said:
+        store = embed_images(sick, scenes, tmp_path / 'store', batch_size=4, progress=False)
+    assert len(said) == 1 and len(store) == 11 and list(store.skipped) == ['05.bmp']
+    assert np.isfinite(store[:]).all()
+    sick.dead = True
+    with refuses('00.bmp', 'all photos beside it', 'choose another tower'):
+        embed_images(sick, scenes, tmp_path / 'dead', batch_size=4, progress=False)
+
+
+def test_a_row_of_a_photo_that_can_no_longer_be_read_is_not_kept(tmp_path, scenes, tower):
+    embed_images(tower, scenes, tmp_path / 'store', progress=False)
+    scenes[2].write_bytes(scenes[2].read_bytes()[:100])
+    scenes[4].unlink()
+    with pytest.warns(UserWarning) as said:
+        store = embed_images(tower, scenes, tmp_path / 'store', progress=False)
+    assert [str(w.message).split(':')[0] for w in said] == [str(scenes[2]), str(scenes[4])]
+    assert len(store) == 10 and set(store.skipped) == {'02.bmp', '04.bmp'}
+    with refuses('02.bmp', '04.bmp'):
+        store.rows(['02.bmp', '04.bmp'])
+
+
+# ---- weights and code that come with a model
+def test_weights_that_are_not_finite_are_refused(tmp_path, folders):
+    broken = shutil.copytree(folders['vit'], tmp_path / 'vit')
+    model = ViTModel.from_pretrained(broken)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[1] = float('inf')
+    model.save_pretrained(broken)
+    with refuses('vit', 'not finite', 'damaged'):
+        load_vision_model(broken, 'cpu')
+
+
+def test_no_code_of_a_model_is_run_whoever_says_yes(tmp_path, folders):
+    trace = tmp_path / 'trace'
+    code = f"open({str(trace)!r}, 'w').close()\nclass Mine: pass\n"
+    for kind in 'vit', 'none':
+        model = shutil.copytree(folders['vit'], tmp_path / kind)
+        (model / 'mine.py').write_text(code)
+        names = dict(AutoConfig='mine.Mine', AutoModel='mine.Mine', AutoImageProcessor='mine.Mine')
+        for file in 'config.json', 'preprocessor_config.json':
+            settings = json.loads((model / file).read_text())
+            settings['auto_map'] = names
+            if kind == 'none':
+                settings['model_type'] = 'a-kind-of-its-own'
+                settings['image_processor_type'] = 'OfItsOwn'
+            (model / file).write_text(json.dumps(settings))
+    program = """
+import sys
+from clipcap.base.files import ClipcapError
+from clipcap.embed import VisionTower
+for name in sys.argv[1:]:
+    try: print(VisionTower.from_pretrained(name, device='cpu').dim)
+    except ClipcapError as fault: print(fault)
+"""
+    command = [sys.executable, '-c', program, tmp_path / 'vit', tmp_path / 'none']
+    run = subprocess.run(command, input='y\n' * 99, capture_output=True, text=True, timeout=300)
+    first, second = run.stdout.splitlines()
+    assert first == '32' and second.startswith('vision tower ')
+    assert 'Do you wish' not in run.stdout + run.stderr and not trace.exists()
+
+
+# ---- other machines
+def test_the_fastest_device_is_taken(monkeypatch, folders):
+    for cuda, mps, best in (
+        (False, False, 'cpu'),
+        (False, True, 'mps'),
+        (True, False, 'cuda'),
+        (True, True, 'cuda'),
+    ):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda mps=mps: mps)
+        assert best_device() == best
+    if not torch.backends.cuda.is_built():
+        with refuses(' on cuda: '):
+            load_vision_model(folders['vit'])
+
+
+def test_what_apples_mps_lacks_is_not_asked_of_it(monkeypatch, folders):
+    "It has no doubles, no bicubic resizing, and averages only into parts that divide the whole"
+    from clipcap import embed
+
+    class OnMps(torch.Tensor):
+        "Weights that lie on MPS until `cpu` is called"
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if getattr(function, '__name__', '') == 'double':
+                raise TypeError('MPS has no float64')
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    tower = VisionTower.from_pretrained(folders['vit'], 'pooled', device='cpu')
+    state = {name: w.as_subclass(OnMps) for name, w in tower.model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(tower.model, 'state_dict', lambda: state)
+        assert fingerprint(tower) == tower.fingerprint
+
+    def resize(tensor, size):
+        assert tensor == 'on the cpu'
+        return SimpleNamespace(to=lambda device: (device.type, size))
+
+    there = SimpleNamespace(device=torch.device('mps'), cpu=lambda: 'on the cpu')
+    assert embed.on_cpu_for_mps(resize, there, (7, 7)) == ('mps', (7, 7))
+
+    asked, here = [], embed.on_cpu_for_mps
+
+    def note(function, *arguments, **options):
+        asked.append(function.__name__)
+        return here(function, *arguments, **options)
+
+    monkeypatch.setattr(embed, 'on_cpu_for_mps', note)
+    pixels = torch.rand(1, 3, 256, 256)
+    for kind in 'hypercolumn', 'grid':
+        features_of(Dinov2WithRegistersModel.from_pretrained(folders['registers']), pixels, kind)
+    assert asked == ['interpolate', 'adaptive_avg_pool2d']
 
 
 # ---- the Hub
@@ -687,7 +761,9 @@ from clipcap.base.files import ClipcapError
 from clipcap.embed import VisionTower
 for name in sys.stdin:
     start = time.time()
-    try: print(name.strip(), VisionTower.from_pretrained(name.strip(), device='cpu').fingerprint, flush=True)
+    try:
+        tower = VisionTower.from_pretrained(name.strip(), device='cpu')
+        print(name.strip(), tower.fingerprint, flush=True)
     except ClipcapError as error: print(f'{time.time() - start:.0f}', error, flush=True)
 '''
 
