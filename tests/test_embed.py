@@ -529,9 +529,8 @@ def test_nothing_is_read_or_locked_where_nothing_has_changed(tmp_path, scenes, t
     with lock(tmp_path / 'store', 'another run'), ThreadPoolExecutor(1) as pool:
         run = pool.submit(embed_images, tower, scenes, tmp_path / 'store', progress=False)
         assert len(run.result()) == 12
-        more = pool.submit(
-            embed_images, tower, [*scenes, scenes[0].parent / 'x'], tmp_path / 'store'
-        )
+        more = [*scenes, scenes[0].parent / 'more.bmp']
+        run = pool.submit(embed_images, tower, more, tmp_path / 'store', progress=False)
         with refuses('in use'):
             run.result()
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'store').iterdir()}

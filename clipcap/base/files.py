@@ -320,7 +320,7 @@ def lock(
     what: str = None,  # what is done here, for the message to others; None: the command line
 ):
     "Keep other runs out of a folder: `ClipcapError` says who works there. The dead hold nothing"
-    real = _real(folder, 'locked')
+    real = _real(folder)
     if what is None:
         what = one_line(' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:120]
     try:
@@ -335,7 +335,7 @@ def lock(
                 raise ClipcapError(f'{folder}: in use by another thread of this process')
             _held[key][1] += 1
     except OSError as fault:
-        raise os_fault(folder, fault, 'locked') from fault
+        raise os_fault(folder, fault) from fault
     try:
         yield
     finally:
@@ -492,6 +492,8 @@ def check_shape(
             raise ClipcapError(f'{at}must be {wanted}, not {_CALLED.get(type(value), "a number")}')
     elif isinstance(shape, list):
         check_shape(value, list, where, field)
+        if shape[0] in (str, int) and set(map(type, value)) <= {shape[0]}:
+            return value  # a million names need no more than this
         for i, item in enumerate(value):
             check_shape(item, shape[0], where, f'{field}[{i}]')
     else:
