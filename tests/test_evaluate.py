@@ -1,6 +1,8 @@
 "The scores are pycocoevalcap's and survive odd input"
 
+import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,14 @@ from pycocoevalcap.rouge.rouge import Rouge
 from clipcap.base.captions import read_captions
 from clipcap.base.files import ClipcapError
 from clipcap.base.words import ptb_tokenize
-from clipcap.evaluate import compare, evaluate_captions, measure_variety
+from clipcap.evaluate import (
+    Scores,
+    add_metric,
+    compare,
+    evaluate_captions,
+    measure_variety,
+    metric_words,
+)
 
 java = pytest.mark.skipif(not shutil.which('java'), reason='METEOR runs on Java')
 
@@ -31,6 +40,12 @@ def world():
     return {p: c[:4] for p, c in five.items()}, {p: c[4] for p, c in five.items()}
 
 
+def tokenized(references, predictions):
+    "As pycocoevalcap's scorers take them"
+    words = {photo: ptb_tokenize(some) for photo, some in references.items()}
+    return words, {photo: ptb_tokenize([caption]) for photo, caption in predictions.items()}
+
+
 def test_figures_are_pycocoevalcaps(world):
     references, predictions = world
     predictions = predictions | {
@@ -38,15 +53,10 @@ def test_figures_are_pycocoevalcaps(world):
         max(predictions): "Isn't it",
     }  # silence, and nothing right
     scores = evaluate_captions(references, predictions, bootstrap=20)
-    gts, res = (
-        {p: ptb_tokenize(c) for p, c in references.items()},
-        {p: ptb_tokenize([c]) for p, c in predictions.items()},
-    )
-    (bleu, each), (rouge, rouges), (cider, ciders) = (
-        Bleu(4).compute_score(gts, res, verbose=0),
-        Rouge().compute_score(gts, res),
-        Cider().compute_score(gts, res),
-    )
+    gts, res = tokenized(references, predictions)
+    bleu, each = Bleu(4).compute_score(gts, res, verbose=0)
+    rouge, rouges = Rouge().compute_score(gts, res)
+    cider, ciders = Cider().compute_score(gts, res)
     names = ['BLEU-1', 'BLEU-2', 'BLEU-3', 'BLEU-4', 'ROUGE-L', 'CIDEr', 'CIDEr-D']
     assert list(scores.table.index) == list(scores.photos) == list(scores.draws) == names
     np.testing.assert_allclose(scores.table.score, [*bleu, rouge, cider, cider], rtol=1e-9)
@@ -58,46 +68,40 @@ def test_figures_are_pycocoevalcaps(world):
 def test_a_draw_scores_the_photos_it_drew(world):
     "The product of matrices is what a loop over the drawn photos gives"
     references, predictions = world
-    scores, n = evaluate_captions(references, predictions, bootstrap=3, seed=5), len(references)
-    gts, res = (
-        [ptb_tokenize(c) for c in references.values()],
-        [ptb_tokenize([c]) for c in predictions.values()],
-    )
-    for draw, times in zip(
-        scores.draws.itertuples(index=False),
-        np.random.default_rng(5).multinomial(n, np.full(n, 1 / n), 3),
-    ):
+    n = len(references)
+    scores = evaluate_captions(references, predictions, bootstrap=3, seed=5)
+    gts, res = (list(words.values()) for words in tokenized(references, predictions))
+    drawn_times = np.random.default_rng(5).multinomial(n, np.full(n, 1 / n), 3)
+    for draw, times in zip(scores.draws.itertuples(index=False), drawn_times, strict=True):
         drawn = np.repeat(np.arange(n), times)
         bleu, _ = Bleu(4).compute_score(
             {i: gts[j] for i, j in enumerate(drawn)},
             {i: res[j] for i, j in enumerate(drawn)},
             verbose=0,
         )
-        np.testing.assert_allclose(
-            draw,
-            [*bleu, *scores.photos[['ROUGE-L', 'CIDEr', 'CIDEr-D']].to_numpy()[drawn].mean(0)],
-            rtol=1e-9,
-        )
+        means = scores.photos[['ROUGE-L', 'CIDEr', 'CIDEr-D']].to_numpy()[drawn].mean(0)
+        np.testing.assert_allclose(draw, [*bleu, *means], rtol=1e-9)
 
 
 def test_published_examples_of_bleu_and_rouge():
     # Papineni et al. 2002: 17 of 18 words and 10 of 17 pairs right, 8 of 14 and 1 of 13
     guide = [
         'It is a guide to action that ensures that the military will forever heed Party commands',
-        'It is the guiding principle which guarantees the military forces always being under the command of the Party',
+        'It is the guiding principle which guarantees the military forces always being under the '
+        'command of the Party',
         'It is the practical guide for the army always to heed the directions of the party',
     ]
-    said = dict(
-        a='It is a guide to action which ensures that the military always obeys the commands of the party',
+    candidates = dict(
+        a='It is a guide to action which ensures that the military always obeys the commands of '
+        'the party',
         b='It is to insure the troops forever hearing the activity guidebook that party direct',
     )
-    photos = evaluate_captions(dict.fromkeys(said, guide), said, bootstrap=0).photos
-    assert photos['BLEU-1'].a == pytest.approx(17 / 18) and photos['BLEU-2'].a == pytest.approx(
-        (17 / 18 * 10 / 17) ** 0.5
-    )
-    assert photos['BLEU-1'].b == pytest.approx(8 / 14 * np.exp(1 - 16 / 14)) and photos[
-        'BLEU-2'
-    ].b == pytest.approx((8 / 14 * 1 / 13) ** 0.5 * np.exp(1 - 16 / 14))
+    photos = evaluate_captions(dict.fromkeys('ab', guide), candidates, bootstrap=0).photos
+    penalty = np.exp(1 - 16 / 14)
+    assert photos['BLEU-1'].a == pytest.approx(17 / 18)
+    assert photos['BLEU-2'].a == pytest.approx((17 / 18 * 10 / 17) ** 0.5)
+    assert photos['BLEU-1'].b == pytest.approx(8 / 14 * penalty)
+    assert photos['BLEU-2'].b == pytest.approx((8 / 14 * 1 / 13) ** 0.5 * penalty)
     # Lin 2004: police kill the gunman 3/4, the gunman kill police 2/4
     lin = evaluate_captions(
         dict.fromkeys('ab', ['police killed the gunman']),
@@ -130,35 +134,92 @@ def test_silent_and_small(world, capsys):
     assert capsys.readouterr() == ('', '')
 
 
+# ---- METEOR, which is another program
 @java
 def test_meteor_is_the_java_programs_own(world):
     references, predictions = world
     predictions = predictions | {min(predictions): ''}
     scores = evaluate_captions(references, predictions, bootstrap=50, meteor=True)
-    gts, res = (
-        {p: ptb_tokenize(c) for p, c in references.items()},
-        {p: ptb_tokenize([c]) for p, c in predictions.items()},
-    )
-    overall, each = Meteor().compute_score(gts, res)
+    overall, each = Meteor().compute_score(*tokenized(references, predictions))
     assert scores['METEOR'] == pytest.approx(overall) and np.allclose(scores.photos.METEOR, each)
-    assert (
-        scores.table.low['METEOR'] < overall < scores.table.high['METEOR']
-        and scores.draws.METEOR.nunique() > 40
-    )
+    assert scores.table.low['METEOR'] < overall < scores.table.high['METEOR']
+    assert scores.draws.METEOR.nunique() > 40
+
+
+@java
+def test_meteor_where_numbers_have_decimal_commas(world, monkeypatch):
+    "As under LC_ALL=de_DE.UTF-8, which need not be installed here"
+    first = evaluate_captions(*world, bootstrap=10, meteor=True)
+    monkeypatch.setenv('JAVA_TOOL_OPTIONS', '-Duser.language=de -Duser.country=DE')
+    again = evaluate_captions(*world, bootstrap=10, meteor=True)
+    pd.testing.assert_frame_equal(first.table, again.table)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='the stand-ins for Java are scripts of a shell')
+@pytest.mark.parametrize(
+    'script, why',
+    [
+        ('echo "no memory" >&2; exit 1', 'no memory'),
+        ('exec sleep 100', 'no answer'),
+        ('while read line; do echo 0,5; done', 'unexpected answer'),
+        ('read line; echo 1 2 3; exit 0', 'ended early'),
+        (None, 'needs Java'),
+    ],
+)
+def test_a_meteor_that_fails_ends_nothing_else(world, tmp_path, monkeypatch, script, why):
+    if script:
+        (tmp_path / 'java').write_text(f'#!/bin/sh\nPATH=/bin:/usr/bin\n{script}\n')
+        (tmp_path / 'java').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.warns(UserWarning, match=f'METEOR is not available.*{why}'):
+        patience = 1 if 'sleep' in str(script) else 60
+        scores = evaluate_captions(*world, bootstrap=10, meteor=True, patience=patience)
+    assert why in scores.missing['METEOR'] and 'METEOR' not in scores.table.index
+    pd.testing.assert_frame_equal(scores.table, evaluate_captions(*world, bootstrap=10).table)
+
+
+# ---- what is not a number, and what is not a word
+def test_nothing_but_finite_numbers_is_a_score(world):
+    scores = evaluate_captions(*world, bootstrap=10)
+    photo = scores.photos.index[3]
+    for wrong in (np.nan, np.inf, -np.inf):
+        values = np.ones(len(scores.photos))
+        values[3] = wrong
+        with pytest.raises(ClipcapError, match=f'^mine: {wrong} for photo {photo}:'):
+            add_metric(scores, 'mine', values)
+    scores.table.loc['CIDEr', 'score'] = np.nan
+    with pytest.raises(ClipcapError, match='^CIDEr: nan for the overall score'):
+        compare(scores, evaluate_captions(*world, bootstrap=10))
+    with pytest.raises(ClipcapError, match='^CIDEr: nan'):
+        Scores(scores.table, scores.photos, scores.draws, 0)
+    with pytest.raises(ClipcapError, match='^bootstrap: -1'):
+        evaluate_captions(*world, bootstrap=-1)
+
+
+def test_captions_without_spaces_are_scored_by_signs():
+    references = {'1.jpg': ['画面上有一个红色的气球。'], '2.jpg': ['画面上有两条白色的鱼。']}
+    near = {'1.jpg': '画面上有一个蓝色的气球', '2.jpg': '画面上有两条黑色的鱼'}
+    with pytest.warns(UserWarning, match='4 of 4 captions are written without spaces'):
+        scores = evaluate_captions(references, near, bootstrap=0)
+    assert scores['BLEU-1'] == pytest.approx(19 / 21)  # 11 and 10 signs, one of each is wrong
+    assert metric_words(['一只狗。', "A dog's"]) == ['一 只 狗', "a dog 's"]
+    variety = measure_variety(['一只狗', '一只猫'])
+    assert (variety.vocabulary, variety.length) == (4, 3)
+
+
+def test_english_captions_warn_of_nothing(world):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        evaluate_captions(*world, bootstrap=0)
 
 
 def test_compare_needs_the_same_draws_of_the_same_photos(world):
     references, predictions = world
-    ours, theirs = (
-        evaluate_captions(references, predictions),
-        evaluate_captions(references, dict.fromkeys(predictions, 'a ball')),
-    )
+    ours = evaluate_captions(references, predictions)
+    theirs = evaluate_captions(references, dict.fromkeys(predictions, 'a ball'))
     table = compare(ours, theirs)
-    assert (
-        (table.low > 0).all()
-        and (table.better == 1).all()
-        and np.allclose(table.difference, ours.table.score - theirs.table.score)
-    )
+    assert (table.low > 0).all() and (table.better == 1).all()
+    assert np.allclose(table.difference, ours.table.score - theirs.table.score)
     fewer = {p: references[p] for p in list(references)[1:]}
     for other in (
         evaluate_captions(references, predictions, seed=1),
