@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_name', 'split_by_image', 'read_flickr', 'read_karpathy', 'read_coco', 'read_list', 'read_table',
-           'read_captions', 'read_splits', 'write_splits', 'with_splits', 'caption_files', 'read_dataset',
-           'find_dataset']
+           'read_captions', 'read_splits', 'write_splits', 'with_splits', 'NoPhotosError', 'caption_files',
+           'read_dataset', 'find_dataset']
 
 # %% ../../nbs/base/04_captions.ipynb #ca-002
 import csv
@@ -429,6 +429,10 @@ def _all_split(table, path):
             write_splits(path, known, table)
     return table
 
+# %% ../../nbs/base/04_captions.ipynb #ca-044n
+class NoPhotosError(ClipcapError):
+    "None of the photos of a captions file is there"
+
 # %% ../../nbs/base/04_captions.ipynb #00-045
 _CAPTION_FILES = (
     'results*.csv',
@@ -487,7 +491,7 @@ def read_dataset(
             table, root, missing = table.assign(image=table.image.map(inner)), folder, []
     if missing and len(missing) == len(names):
         lost = f'none of the {len(names)} photos is here, such as images/{names[0]}'
-        raise ClipcapError(f'{folder}: {lost}: see data/README.md')
+        raise NoPhotosError(f'{folder}: {lost}: see data/README.md')
     if missing:
         some = ', '.join(missing[:3]) + ' ...' * (len(missing) > 3)
         warnings.warn(
