@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pixels_of', 'look', 'hypercolumn', 'on_cpu_for_mps', 'features_of', 'quiet', 'best_device', 'hub_answers',
-           'check_finite', 'load_vision_model', 'fingerprint', 'VisionTower', 'embed_images']
+           'check_finite', 'load_vision_model', 'fingerprint', 'VisionTower', 'pixel_batches', 'embed_images']
 
 # %% ../nbs/02_embed.ipynb #01-002
 import hashlib
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, logging
 
+from .base.config import FEATURES
 from .base.files import ClipcapError
 from .base.photos import open_image, read_ahead, read_file
 from clipcap.base.store import (
@@ -148,9 +149,8 @@ def features_of(
 ) -> torch.Tensor:  # (B, cells, C), one cell for all but grid
     "The features of a batch, cells in reading order; `ClipcapError` for a kind the model lacks"
     vision = getattr(model, 'vision_model', model)
-    kinds = ['pooled', 'grid', 'hypercolumn']
-    if hasattr(model, 'visual_projection'):
-        kinds.append('projected')
+    projects = hasattr(model, 'visual_projection')
+    kinds = [kind for kind in FEATURES if kind != 'projected' or projects]
     if features not in kinds:
         has = f'{type(model).__name__} has {", ".join(kinds)}'
         raise ClipcapError(f"features '{features}': {has}; choose one of them")
@@ -346,6 +346,32 @@ class VisionTower:
     ):
         "A tower by folder or name; `ClipcapError` where there is none"
         return cls(*load_vision_model(name, device), features, image_size, max_cells)
+
+# %% ../nbs/02_embed.ipynb #01-pb2
+def pixel_batches(
+    sources: list,  # photos: whatever `open_image` takes
+    preprocess,  # RGB photos -> (B, 3, H, W), such as a tower's, or `pixels_of` with a processor
+    batch_size: int = 32,  # photos per batch
+    workers: int = 2,  # threads that read
+    on_fault=None,  # called with an index and its `ClipcapError`; None: the first one is raised
+):  # yields (indices of the photos, their pixels (B, 3, H, W)), in order
+    "Photos as a model takes them, read while it works on those before"
+
+    def read(numbered):
+        _, source = numbered
+        return preprocess([open_image(source)])[0]
+
+    numbered = list(enumerate(sources))
+    for batch in read_ahead(numbered, read, batch_size, workers, keep_faults=on_fault is not None):
+        good = []
+        for (index, _), pixels in batch:
+            if isinstance(pixels, ClipcapError):
+                on_fault(index, pixels)
+            else:
+                good.append((index, pixels))
+        if good:
+            indices, pixels = zip(*good, strict=True)
+            yield list(indices), torch.stack(pixels)
 
 # %% ../nbs/02_embed.ipynb #01-039
 def _named(paths, root):
