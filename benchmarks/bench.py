@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
+from clipcap.base.decode import video_span
 from clipcap.base.photos import list_images, open_image
 from clipcap.base.scenes import draw_dataset, draw_scene
 from clipcap.base.store import FeatureStore
@@ -29,7 +30,7 @@ from clipcap.generate import GenerationOptions, generate_captions
 from clipcap.image import Captioner
 from clipcap.model import CaptionModel, MapperConfig
 from clipcap.train import TokenisedCaptions, TrainConfig, batches_by_length, make_optimizer, train
-from clipcap.video import VideoReader, caption_samples, sample_moments, spread, video_length
+from clipcap.video import VideoReader, caption_samples, sample_moments, spread
 
 root = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -335,7 +336,7 @@ def video(work, seconds=30, fps=25, n=32):
 
     def ours():
         reader = VideoReader(clip)
-        samples = sample_moments(reader, spread(video_length(clip), n))
+        samples = sample_moments(reader, spread(*video_span(clip), n))
         list(caption_samples(samples, captioner, options))
 
     def apart():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'check_video_file', 'plain_path', 'clock_zero', 'first_time', 'is_cover', 'picture_stream',
-           'open_container', 'PyAVDecoder', 'open_capture', 'OpenCVDecoder', 'has_pyav', 'open_decoder', 'VideoReader',
-           'video_span']
+           'open_container', 'PyAVDecoder', 'open_capture', 'shrink', 'OpenCVDecoder', 'has_pyav', 'open_decoder',
+           'as_picture', 'VideoReader', 'video_span']
 
 # %% ../../nbs/base/10_decode.ipynb #de-002
 import math
@@ -222,6 +222,19 @@ def open_capture(path: str | Path, raw: bool = False):  # raw: packets, not fram
     return capture
 
 
+def shrink(
+    pixels: np.ndarray,  # (height, width, 3)
+    longest: int | None,  # pixels of the longer side, at most; None: as it is
+) -> np.ndarray:
+    "Pixels, smaller where they are too large"
+    height, width = pixels.shape[:2]
+    scale = min(1, (longest or math.inf) / max(height, width))
+    if scale == 1:
+        return pixels
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
 class OpenCVDecoder:
     "The frames of a video, by OpenCV"
 
@@ -274,12 +287,7 @@ class OpenCVDecoder:
             found, self.frame = self.capture.retrieve()
             if not found:
                 raise ClipcapError(f'{self.path}: a frame that cannot be decoded: it is damaged')
-        height, width = self.frame.shape[:2]
-        scale = min(1, (longest or math.inf) / max(height, width))
-        if scale == 1:
-            return self.frame
-        size = max(1, round(scale * width)), max(1, round(scale * height))
-        return cv2.resize(self.frame, size, interpolation=cv2.INTER_AREA)
+        return shrink(self.frame, longest)
 
     def lost(self, seen, end) -> float:  # ms
         "How much of the film the header promises and the file lacks"
@@ -309,6 +317,11 @@ def open_decoder(
     return DECODERS[decoder or ('pyav' if has_pyav() else 'opencv')](path)
 
 # %% ../../nbs/base/10_decode.ipynb #de-051
+def as_picture(pixels: np.ndarray) -> Image.Image:  # pixels: (height, width, 3) BGR
+    "Pixels as OpenCV has them, as a picture (RGB)"
+    return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
 class VideoReader:
     """Iterate over the times of a video's frames (ms)
 
@@ -329,7 +342,7 @@ class VideoReader:
 
     def picture(self, longest: int | None = None) -> Image.Image:  # RGB, upright
         "The present frame as a picture"
-        return Image.fromarray(np.ascontiguousarray(self.pixels(longest)[..., ::-1]))
+        return as_picture(self.pixels(longest))
 
     def close(self):
         "Let the file go"

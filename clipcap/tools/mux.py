@@ -127,8 +127,13 @@ def _copies(source, streams, zero):  # streams: index -> new one; zero: seconds
 
 
 def _run_ffmpeg(video, *arguments, **how):
-    command = ['ffmpeg', '-nostdin', '-v', 'error', '-y', '-fflags', '+genpts']
-    command += ['-i', os.path.abspath(video), *map(str, arguments)]
+    # its own clock would begin where a sound warms up; where OpenCV decodes, ours begins at 0
+    zero = 0
+    if has_pyav():
+        with open_container(video) as film:
+            zero = clock_zero(film, video)
+    command = ['ffmpeg', '-nostdin', '-v', 'error', '-y', '-fflags', '+genpts', '-copyts']
+    command += ['-itsoffset', f'{-zero:.6f}', '-i', os.path.abspath(video), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, errors='replace', **how)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ['failed']
