@@ -257,9 +257,11 @@ def load_vision_model(
         with quiet():
             config, kind = _vision_half(AutoConfig.from_pretrained(name, **options))
             processor = AutoImageProcessor.from_pretrained(name, backend='pil', **options)
-            model, report = kind.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True, **options
-            )
+            options |= dict(config=config, dtype=torch.float32, output_loading_info=True)
+            model, report = kind.from_pretrained(name, **options)
+            if len(report['missing_keys']) == len(model.state_dict()):
+                # before transformers 5.21, a tower without a projection names its weights otherwise
+                model, report = MODEL_MAPPING[type(config)].from_pretrained(name, **options)
         model = _without_what_is_missing(model, report['missing_keys'])
         check_finite(model)
         return model.to(device), processor
