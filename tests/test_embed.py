@@ -242,7 +242,7 @@ def test_family(name, folders, capfd):
         )
         assert not any('text' in key for key in projected.model.state_dict())
     else:
-        with refuses("'projected'", 'pooled, grid'):
+        with refuses("'projected'", 'grid, pooled'):
             VisionTower.from_pretrained(folders[name], 'projected')
 
 
