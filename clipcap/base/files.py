@@ -267,16 +267,18 @@ def _lock_file(folder):
 
 
 def _holder(file):
+    # who works there; None where that cannot be read, as in the moment before it is written
     try:
         note = json.loads(file.read_text(encoding='utf-8'))
         host = '' if note['host'] == socket.gethostname() else f' on {note["host"]}'
         return f'process {note["pid"]}{host} ({note["what"]}) since {note["since"]}'
     except (OSError, ValueError, LookupError, TypeError):
-        return 'another process'
+        return None
 
 
 def _acquire(folder, file, what):
     # an open handle that holds the lock; None where this file system has no locks
+    tries = 0
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -284,8 +286,13 @@ def _acquire(folder, file, what):
         except OSError as fault:
             os.close(handle)
             if fault.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                holder, tries = _holder(file), tries + 1
+                if holder is None and tries < 50:  # it is just beginning, or just ending
+                    time.sleep(0.02)
+                    continue
                 raise ClipcapError(
-                    f'{folder}: in use by {_holder(file)}; wait for it, or give another folder'
+                    f'{folder}: in use by {holder or "another process"}; '
+                    'wait for it, or give another folder'
                 ) from None
             warnings.warn(
                 f'{folder}: no locks on this file system; start no second run here', stacklevel=4
