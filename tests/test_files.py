@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from faults import Striking, interrupt, no_space, power_cut
@@ -189,6 +191,8 @@ def test_odd_places_are_refused_in_one_line(tmp_path):
     assert 'null' in complaint(write_text, tmp_path / 'a\0b', '')
     assert 'this is a file' in complaint(write_folder, tmp_path / 'file', model(''))
     assert 'null' in complaint(write_folder, tmp_path / 'a\0b', model(''))
+    told = complaint(write_folder, tmp_path / 'file' / 'model', model(''))
+    assert told.startswith(f'{tmp_path}/file/model: cannot be written')
     assert names(tmp_path) == ['file']
 
 
@@ -493,3 +497,15 @@ def test_the_part_is_quick_to_import():
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout
         == '[]\n'
     )
+
+
+def test_each_mechanism_stands_once():
+    "Writing whole or not at all, and locking, are done here; the store alone appends to its rows"
+    package = Path(files.__file__).parent.parent
+    pattern = r'os\.(replace|rename|fsync)\(|mkstemp|mkdtemp\(|shutil\.move|\b(fcntl|msvcrt)\b'
+    others = {}
+    for path in package.rglob('*.py'):
+        calls = {found[0] for found in re.finditer(pattern, path.read_text(encoding='utf-8'))}
+        if calls and path != Path(files.__file__):
+            others[path.relative_to(package).as_posix()] = calls
+    assert others == {'base/store.py': {'os.fsync('}}

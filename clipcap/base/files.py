@@ -304,9 +304,10 @@ def _acquire(folder, file, what):
         os.close(handle)  # the file was removed by its last holder in between: make it again
     now = time.strftime('%Y-%m-%d %H:%M')
     note = {'pid': os.getpid(), 'host': socket.gethostname(), 'what': what, 'since': now}
-    os.ftruncate(handle, 0)
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, json.dumps(note).encode())
+    with suppress(OSError):  # on a full disk it holds all the same
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, json.dumps(note).encode())
     return handle
 
 
@@ -322,14 +323,8 @@ def _release(file, handle):
 
 
 @contextmanager
-def lock(
-    folder: str | Path,  # need not exist yet
-    what: str = None,  # what is done here, for the message to others; None: the command line
-):
-    "Keep other runs out of a folder: `ClipcapError` says who works there. The dead hold nothing"
-    real = _real(folder)
-    if what is None:
-        what = one_line(' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:120]
+def _locked(real, folder, what):
+    # `folder` is what messages call it
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         file = _lock_file(real)
@@ -350,6 +345,16 @@ def lock(
             _held[key][1] -= 1
             if not _held[key][1]:
                 _release(file, _held.pop(key)[2])
+
+
+def lock(
+    folder: str | Path,  # need not exist yet
+    what: str = None,  # what is done here, for the message to others; None: the command line
+):  # a context
+    "Keep other runs out of a folder: `ClipcapError` says who works there. The dead hold nothing"
+    if what is None:
+        what = one_line(' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:120]
+    return _locked(_real(folder), folder, what)
 
 # %% ../../nbs/base/00_files.ipynb #0fi-021
 def _remove(folder):
@@ -387,7 +392,7 @@ def recover_folder(
             with suppress(
                 OSError, ClipcapError
             ):  # in use: its writer is between the two renames just now
-                with lock(_swap_of(real)):
+                with _locked(_swap_of(real), folder, f'reads {folder}'):
                     _recover(real)
                 break
             time.sleep(0.05)
@@ -427,7 +432,7 @@ def write_folder(
     folder = Path(folder)
     target = _real(folder)
     new, old = _beside(target)
-    with lock(_swap_of(target), f'writes {folder}'):
+    with _locked(_swap_of(target), folder, f'writes {folder}'):
         try:
             _recover(target)
             if target.exists() and not target.is_dir():
