@@ -86,7 +86,7 @@ def test_the_sample_is_what_draw_dataset_draws(tmp_path):
 
 
 # ---- odd tables
-@pytest.mark.filterwarnings('ignore:.*rows lack')
+@pytest.mark.filterwarnings('ignore')
 def test_tables_as_people_write_them(tmp_path):
     file = tmp_path / 'table.csv'
     file.write_bytes(
@@ -323,3 +323,27 @@ def test_missing_photos_are_named(tmp_path):
     assert table.image.nunique() == 3
     shutil.rmtree(tmp_path / 'images')
     assert 'none of the 4 photos is here' in complaint(read_dataset, tmp_path)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='what only POSIX has')
+def test_pipes_do_not_hang_anything(tmp_path):
+    (tmp_path / 'images').mkdir()
+    os.mkfifo(tmp_path / 'captions.csv')
+    for read in read_captions, read_table:
+        assert 'not a file' in complaint(read, tmp_path / 'captions.csv')
+    assert 'not a file' in complaint(read_dataset, tmp_path)
+    (tmp_path / 'captions.csv').unlink()
+    (tmp_path / 'captions.csv').write_text('image,caption\na.jpg,a dog\n')
+    (tmp_path / 'a.jpg').touch()
+    os.mkfifo(tmp_path / 'splits.csv')
+    assert 'not a file' in complaint(read_dataset, tmp_path)
+    (tmp_path / 'splits.csv').unlink()
+    (tmp_path / 'a.jpg').unlink()
+    os.mkfifo(tmp_path / 'a.jpg')
+    assert 'none of the 1 photos is here' in complaint(read_dataset, tmp_path)
+
+
+def test_names_with_line_ends_come_back(tmp_path):
+    rows = [['two\nlines.jpg', 'a dog'], ['tab\t.jpg', 'a "cat"'], ['c.jpg', 'a fish']]
+    pd.DataFrame(rows, columns=['image', 'caption']).to_csv(tmp_path / 'a.csv', index=False)
+    assert pairs(read_table(tmp_path / 'a.csv')) == rows

@@ -365,7 +365,7 @@ with lock({str(tmp_path / 'store')!r}):
     time.sleep(60)
 """
     with subprocess.Popen(
-        [sys.executable, '-c', code], stdout=subprocess.DEVNULL, process_group=0
+        [sys.executable, '-c', code], stdout=subprocess.DEVNULL, start_new_session=True
     ) as parent:
         parent.wait()
         try:

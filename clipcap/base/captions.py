@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .files import ClipcapError, os_fault, plain_name, write_text
+from .photos import read_file
 
 # %% ../../nbs/base/04_captions.ipynb #ca-010
 _SPLIT_OF = {
@@ -68,11 +69,14 @@ _NOT_PLAIN = r'[\\\0]|//|^/|^[A-Za-z]:|(?:^|/)\.\.?(?:/|$)|/$'  # quicker than t
 
 def _text(path):
     try:
-        return Path(path).read_text(encoding='utf-8-sig')
+        text = read_file(path).decode('utf-8-sig')
     except OSError as fault:
         raise os_fault(path, fault, 'read') from None
     except UnicodeDecodeError:
         raise ClipcapError(f'{path}: not UTF-8 text: save it as UTF-8') from None
+    except ValueError as fault:
+        raise ClipcapError(f'{path}: {fault}') from None
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def _from(folder, path):
