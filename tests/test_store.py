@@ -160,6 +160,17 @@ def test_a_million_photos_are_looked_through_in_seconds(tmp_path):
     assert time.process_time() - start < 15  # 2 on the machine this was written on
 
 
+def test_a_store_stays_whole_while_nothing_is_added(tmp_path, photos):
+    "Others may go on reading while a broken photo is tried again"
+    photos[3].write_bytes(b'')
+    embed(tmp_path / 'store', photos)
+    with StoreWriter(tmp_path / 'store', 'print', TOWER) as writer:
+        assert writer.todo({path.name: path for path in photos}) == ['3.jpg']
+        assert len(FeatureStore.open(tmp_path / 'store')) == 8
+        writer.skip('3.jpg', 'still empty')
+    assert FeatureStore.open(tmp_path / 'store').skipped == {'3.jpg': 'still empty'}
+
+
 # ---- one at a time
 HOLDER = """
 import sys

@@ -316,8 +316,9 @@ class StoreWriter:
         stale = self._stale(photos, workers)
         # what could not be read before this run was interrupted is not tried again in it
         tried = () if self.manifest['whole'] else self.skipped
-        with _explained(self.folder):
-            self._start(stale)
+        if stale or not self.manifest['whole']:  # else it stays whole until a row is added
+            with _explained(self.folder):
+                self._start(stale)
         known = {*self.names, *tried}
         return [name for name in photos if name not in known]
 
@@ -383,6 +384,8 @@ class StoreWriter:
     ):
         "Rows of further photos; `save` brings them to the disk"
         with _explained(self.file):
+            if self.manifest['whole']:
+                self._start(set())
             self.array.seek(0, os.SEEK_END)
             self.array.write(np.ascontiguousarray(rows, np.float16).tobytes())
         self.names.extend(names)
@@ -411,7 +414,7 @@ class StoreWriter:
 
     def save_if_due(self):
         "`save`, if a while has passed since the last time"
-        if time.monotonic() > self.saved + self.pause:
+        if not self.manifest['whole'] and time.monotonic() > self.saved + self.pause:
             self.save()
 
     def _write_manifest(self):
