@@ -228,6 +228,14 @@ def test_paths_names_and_stems(key, tmp_path, monkeypatch):
         assert found == dict(zip(ids, keys, strict=True))
 
 
+def test_names_with_and_without_dots(tmp_path):
+    ids = {name: name for name in ('plain', 'a.jpg', 'a.b.jpg')}
+    found = read_keys(['plain', 'a', 'a.b'], ids, tmp_path)
+    assert found == {'plain': 'plain', 'a.jpg': 'a', 'a.b.jpg': 'a.b'}
+    with pytest.raises(ClipcapError, match='no caption for plain'):
+        read_keys(['other', 'a', 'a.b'], ids, tmp_path)
+
+
 def test_captions_as_the_command_writes_them(tmp_path):
     ids = {'a.jpg': 'a.jpg', 'b.jpg': 'b.jpg'}
     candidates = [dict(caption='a dog', score=-0.5), dict(caption='a cat', score=-0.7)]

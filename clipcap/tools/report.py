@@ -274,7 +274,8 @@ def _ends(path):
 
 
 def _stem(name):
-    return name.rpartition('/')[2].rpartition('.')[0]
+    last = name.rpartition('/')[2]
+    return last.rpartition('.')[0] or last
 
 
 def _unique(pairs):
@@ -317,7 +318,7 @@ def _ways(ids, folder, file) -> dict[str, Callable]:
         ways['path'] = _by_path(ids, folder, file)
     ways['end of the path'] = end_of_path
     ways['file name'] = lambda key: by_last_part.get(key.rpartition('/')[2])
-    ways['name without suffix'] = lambda key: by_stem.get(_stem(key) or key) or by_stem.get(key)
+    ways['name without suffix'] = lambda key: by_stem.get(key) or by_stem.get(_stem(key))
     return ways
 
 # %% ../../nbs/tools/01_report.ipynb #10-p04
