@@ -1,4 +1,5 @@
-"Widgets in JupyterLab, driven in headless Chromium; the camera is a film whose frames say their number in black and white squares"
+"""The webcam widget in JupyterLab, driven in headless Chromium; the camera is a film whose frames
+say their number in black and white squares"""
 
 import random
 import time
@@ -34,38 +35,57 @@ def camera_flags(film):
     return ['--use-fake-device-for-media-stream', f'--use-file-for-fake-video-capture={film}']
 
 
-WATCH = """   // how many pictures were taken, the cameras that were opened, and what the film shows at this moment
-window.snaps = 0; window.tracks = [];
-const toBlob = HTMLCanvasElement.prototype.toBlob, devices = navigator.mediaDevices, ask = devices?.getUserMedia.bind(devices);
-HTMLCanvasElement.prototype.toBlob = function (...how) { window.snaps++; return toBlob.apply(this, how); };
-if (ask) devices.getUserMedia = async what => { const stream = await ask(what); window.tracks.push(...stream.getTracks()); return stream; };
-window.numberNow = video => {
-  const canvas = Object.assign(document.createElement('canvas'), {width: 160, height: 120}), context = canvas.getContext('2d');
-  context.drawImage(video, 0, 0, 160, 120);
-  return [...Array(8).keys()].reduce((sum, bit) => sum + (context.getImageData(20*bit + 10, 105, 1, 1).data[0] > 127) * 2**bit, 0);
+# how many pictures were taken, the cameras that were opened, what the film shows at this moment;
+# nextCaptions: [caption, number in the film when it appeared, pictures taken till then]
+WATCH = """
+window.snaps = 0;
+window.tracks = [];
+const toBlob = HTMLCanvasElement.prototype.toBlob;
+HTMLCanvasElement.prototype.toBlob = function (...how) {
+  window.snaps++;
+  return toBlob.apply(this, how);
 };
-window.nextCaptions = (widget, count) => new Promise(done => {   // [caption, number in the film when it appeared, pictures taken till then]
-  const found = [];
+const devices = navigator.mediaDevices;
+const ask = devices?.getUserMedia.bind(devices);
+if (ask) devices.getUserMedia = async what => {
+  const stream = await ask(what);
+  window.tracks.push(...stream.getTracks());
+  return stream;
+};
+window.numberNow = video => {
+  const canvas = Object.assign(document.createElement('canvas'), {width: 160, height: 120});
+  const context = canvas.getContext('2d');
+  context.drawImage(video, 0, 0, 160, 120);
+  const bright = bit => context.getImageData(20*bit + 10, 105, 1, 1).data[0] > 127;
+  return [...Array(8).keys()].reduce((sum, bit) => sum + bright(bit) * 2**bit, 0);
+};
+window.nextCaptions = (widget, count) => new Promise(done => {
+  const found = [], caption = widget.querySelector('.clipcap-caption');
   const observer = new MutationObserver(() => {
-    found.push([widget.querySelector('.clipcap-caption').textContent, numberNow(widget.querySelector('video')), window.snaps]);
+    found.push([caption.textContent, numberNow(widget.querySelector('video')), window.snaps]);
     if (found.length === count) { observer.disconnect(); done(found); }
   });
-  observer.observe(widget.querySelector('.clipcap-caption'), {childList: true});
+  observer.observe(caption, {childList: true});
 });
 """
 LOOK = """
-import time, numpy as np
+import time
+import numpy as np
 from clipcap.webcam import Webcam
 calls = 0
 def look(picture):
-    global calls; calls += 1
-    pixels, side = np.asarray(picture), picture.width//8
-    number = sum((int(pixels[-picture.height//8, side*bit + side//2].mean()) > 127) << bit for bit in range(8))
+    global calls
+    calls += 1
+    row, side = np.asarray(picture)[-picture.height//8], picture.width//8
+    bits = [row[side*bit + side//2].mean() > 127 for bit in range(8)]
+    number = sum(int(bit) << n for n, bit in enumerate(bits))
     return f"{'red' if number < 128 else 'blue'} {number} {calls}"
 def slow(picture):
-    time.sleep(1); said = look(picture)
-    if 'blue' in said: raise ValueError(f'too {said}')
-    return said
+    time.sleep(1)
+    text = look(picture)
+    if 'blue' in text:
+        raise ValueError(f'too {text}')
+    return text
 """
 
 
@@ -76,7 +96,7 @@ def film(tmp_path_factory):
     )
 
 
-def said(widget):
+def caption_of(widget):
     return widget.locator('.clipcap-caption').inner_text()
 
 
@@ -93,18 +113,28 @@ def has_released(page):
     )
 
 
+REFUSE = """() => {
+  window.right = navigator.mediaDevices.getUserMedia;
+  const gone = () => { throw new DOMException("", "NotFoundError"); };
+  navigator.mediaDevices.getUserMedia = async () => gone();
+}"""
+RATE = """widget => /^[0-9.]+ captions per second$/.test(
+  widget.querySelector(".clipcap-status").textContent)"""
+
+
+def press(widget, what):
+    widget.get_by_role('button', name=what).click()
+
+
 def test_webcam(lab, film, tmp_path):
     with opened(lab, [LOOK, 'Webcam(look)', 'Webcam(slow)'], camera_flags(film), WATCH) as page:
         page.wait_for_function('() => document.querySelectorAll(".clipcap-webcam").length === 2')
         fast, slow = page.locator('.clipcap-webcam').all()
-        press = lambda widget, what: widget.get_by_role('button', name=what).click()
 
         press(fast, 'Start')  # nobody has allowed it
         complains(page, fast, 'The camera was refused')
         page.context.grant_permissions(['camera'])
-        page.evaluate(
-            '() => { window.right = navigator.mediaDevices.getUserMedia; navigator.mediaDevices.getUserMedia = async () => { throw new DOMException("", "NotFoundError"); }; }'
-        )
+        page.evaluate(REFUSE)
         press(fast, 'Start')
         complains(page, fast, 'No camera was found')
         page.evaluate('() => { navigator.mediaDevices.getUserMedia = window.right; }')
@@ -115,30 +145,24 @@ def test_webcam(lab, film, tmp_path):
             [[text, *_]] = page.evaluate('widget => nextCaptions(widget, 1)', fast.element_handle())
             seen.add(text.split()[0])
         assert seen == {'red', 'blue'} and not fast.locator('.clipcap-error').inner_text()
-        page.wait_for_function(
-            'e => /^[0-9.]+ captions a second$/.test(e.querySelector(".clipcap-status").textContent)',
-            arg=fast.element_handle(),
-        )
+        page.wait_for_function(RATE, arg=fast.element_handle())
         page.screenshot(path=tmp_path / 'fast.png')
         press(fast, 'Stop')  # the camera's light goes out
         has_released(page)
         assert fast.locator('video').evaluate('video => video.srcObject === null')
-        assert (
-            fast.get_by_role('button', name='Start').is_enabled()
-            and fast.get_by_role('button', name='Stop').is_disabled()
-        )
+        assert fast.get_by_role('button', name='Start').is_enabled()
+        assert fast.get_by_role('button', name='Stop').is_disabled()
 
-        page.evaluate(
-            '() => { window.snaps = 0; window.tracks = []; }'
-        )  # slow on purpose: nothing piles up
-        first = int(said(fast).split()[2])
-        press(slow, 'Start')
+        page.evaluate('() => { window.snaps = 0; window.tracks = []; }')
+        first = int(caption_of(fast).split()[2])
+        press(slow, 'Start')  # slow on purpose: nothing piles up
         complains(page, slow, 'ValueError: too blue')
         watched = page.evaluate('widget => nextCaptions(widget, 6)', slow.element_handle())
         ages = [(now - int(text.split()[1])) % FRAMES for text, now, _ in watched]  # frames
         print(watched, ages)
         assert np.median(ages) < FRAMES // 2
-        assert all(snaps - (int(text.split()[2]) - first) <= 1 for text, _, snaps in watched)
+        for text, _, snaps in watched:
+            assert snaps - (int(text.split()[2]) - first) <= 1
         page.screenshot(path=tmp_path / 'slow.png')
         assert page.evaluate('() => tracks.length === 1 && tracks[0].readyState === "live"')
         command(page, 'notebook:clear-all-cell-outputs')  # the widgets go, and with them the camera
@@ -172,7 +196,8 @@ def test_bundled_model(lab, tmp_path):
     scene = draw_scene(random.Random(3), 320)[0].crop((0, 40, 320, 280))
     film = write_camera(tmp_path / 'camera.y4m', [people] * 90 + [scene] * 90)
     cells = [
-        'from clipcap.generate import GenerationOptions\nfrom clipcap.image import Captioner\nfrom clipcap.webcam import Webcam',
+        'from clipcap.generate import GenerationOptions',
+        'from clipcap.image import Captioner\nfrom clipcap.webcam import Webcam',
         'Webcam(Captioner(), GenerationOptions(beams=1))',
     ]
     with opened(lab, cells, camera_flags(film), permissions=['camera']) as page:

@@ -1,9 +1,12 @@
-"Webcam without a browser: the widget's Python half, the newest frame alone, cameras made of files, and the command"
+"""Webcam without a browser: the widget's Python half, the newest frame alone, cameras made of
+files, and the command"""
 
+import contextlib
 import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,7 +42,8 @@ def browser(captioner, **traits):
     return camera, answers
 
 
-def send(camera, id, picture=Image.new('RGB', (64, 48))):
+def send(camera, id, picture=None):
+    picture = picture or Image.new('RGB', (64, 48))
     camera.receive(camera, dict(kind='frame', id=id), [memoryview(jpeg(picture))])
 
 
@@ -143,14 +147,9 @@ def test_closing_ends_the_thread():
 
 
 def test_importing_it_imports_no_model():
-    subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            "import sys, clipcap.webcam; assert not {'torch', 'transformers', 'cv2'} & set(sys.modules)",
-        ],
-        check=True,
-    )
+    heavy = {'torch', 'transformers', 'cv2'}
+    code = f'import sys, clipcap.webcam; assert not {heavy} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 # ---- the newest
@@ -186,9 +185,11 @@ def test_a_file_is_played_at_its_own_speed_and_frames_are_dropped(tmp_path):
 @pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='looks into /proc')
 def test_the_file_is_released(tmp_path):
     path = film(tmp_path.resolve() / 'film.mp4')
-    held = lambda: [
-        fd for fd in Path('/proc/self/fd').iterdir() if os.path.realpath(fd) == str(path)
-    ]
+
+    def held():
+        files = map(os.path.realpath, Path('/proc/self/fd').iterdir())
+        return [file for file in files if file == str(path)]
+
     with open_camera(path) as pictures:
         next(pictures)
         assert held()
@@ -206,15 +207,45 @@ def test_real_files(path):
     assert first.mode == 'RGB' and first.size == second.size and max(first.size) <= 1280
 
 
-def test_what_is_no_camera(tmp_path):
-    (tmp_path / 'text.mp4').write_text('no video' * 100)
-    for source, words in (
-        (99, 'camera 99: not found'),
-        (tmp_path / 'missing.mp4', 'No such file'),
-        (tmp_path / 'text.mp4', 'not a video'),
+@pytest.mark.parametrize(
+    'source, words',
+    [
+        ('99', 'camera 99: not found'),
+        ('99999999999999999999', 'not found'),
+        ('/dev/video99', 'camera 99: not found'),
+        ('²', 'No such file'),
+        ('-1', 'No such file'),
+        ('missing.mp4', 'No such file'),
+        ('text.mp4', 'not a video'),
         ('http://localhost:9/none', 'not found'),
-    ):
-        with pytest.raises(ClipcapError, match=words), open_camera(source):
+        ('http://localhost:9/\udcff', 'an address begins with'),
+        ('concat://a.mp4', 'an address begins with'),
+        ('file:///etc/passwd', 'an address begins with'),
+    ],
+)
+def test_what_is_no_camera(tmp_path, monkeypatch, source, words):
+    monkeypatch.chdir(tmp_path)
+    Path('text.mp4').write_text('no video' * 100)
+    with pytest.raises(ClipcapError, match=words), open_camera(source):
+        pass
+
+
+def test_a_dripping_address_is_given_up(monkeypatch):
+    import clipcap.webcam
+
+    monkeypatch.setattr(clipcap.webcam, 'PATIENCE', 1000)  # ms
+    with socket.create_server(('127.0.0.1', 0)) as server:
+
+        def drip():
+            with contextlib.suppress(OSError), server.accept()[0] as client:
+                client.sendall(b'HTTP/1.0 200 OK\r\nContent-Type: video/mp4\r\n\r\n')
+                while True:
+                    client.sendall(b'\0')
+                    time.sleep(0.2)
+
+        threading.Thread(target=drip, daemon=True).start()
+        address = f'http://127.0.0.1:{server.getsockname()[1]}/camera'
+        with pytest.raises(ClipcapError, match='not found'), open_camera(address):
             pass
 
 
@@ -222,62 +253,53 @@ def test_what_is_no_camera(tmp_path):
 @pytest.fixture
 def fake(monkeypatch):
     "A captioner that tells the number of the frame, or which side is darker"
+    from clipcap.tools import published
 
     class Captioner:
         def caption(self, images, options):
             pixels = np.asarray(images[0]).mean((0, 2))
-            return [
-                f'frame {number_of(images[0])}'
-                if abs(pixels[0] - pixels[-1]) < 30
-                else 'left'
-                if pixels[0] < pixels[-1]
-                else 'right'
-            ]
+            if abs(pixels[0] - pixels[-1]) < 30:
+                return [f'frame {number_of(images[0])}']
+            return ['left' if pixels[0] < pixels[-1] else 'right']
 
-    import clipcap.tools.published
+    monkeypatch.setattr(published, 'open_captioner', lambda *_: Captioner())
 
-    monkeypatch.setattr(clipcap.tools.published, 'open_captioner', lambda *_: Captioner())
+
+def printed_captions(source, *options):
+    printed, complaints = clipcap('webcam', '--no-window', '--source', source, *options)
+    rows = [line.split('\t') for line in printed.splitlines()]
+    assert not complaints
+    for moment, _ in rows:
+        time.strptime(moment, '%H:%M:%S')
+    return [text for _, text in rows]
 
 
 def test_command_prints_what_changes(tmp_path, fake):
-    said, complaints = clipcap(
-        'webcam',
-        '--no-window',
-        '--source',
-        film(tmp_path / 'film.mp4'),
-        '--frames',
-        5,
-        '--pause',
-        0.1,
-    )
-    times, captions = zip(*(line.split('\t') for line in said.splitlines()))
-    assert not complaints and 1 <= len(captions) <= 5 and len(set(captions)) == len(captions)
-    assert all(text.startswith('Frame ') and text.endswith('.') for text in captions) and all(
-        time.strptime(t, '%H:%M:%S') for t in times
-    )
+    captions = printed_captions(film(tmp_path / 'film.mp4'), '--captions', 5, '--pause', 0.1)
+    assert 1 <= len(captions) <= 5 and len(set(captions)) == len(captions)
+    assert all(text.startswith('Frame ') and text.endswith('.') for text in captions)
     still = tmp_path / 'still.mp4'
-    video = cv2.VideoWriter(
-        str(still), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*'mp4v'), 25, (96, 64)
-    )
+    code = cv2.VideoWriter_fourcc(*'mp4v')
+    video = cv2.VideoWriter(str(still), cv2.CAP_FFMPEG, code, 25, (96, 64))
+    row = np.linspace(0, 250, 96, dtype=np.uint8)[None, :, None]
     for _ in range(25):
-        video.write(
-            np.repeat(np.linspace(0, 250, 96, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
-        )
+        video.write(np.repeat(row, 64, 0).repeat(3, 2))
     video.release()
-    assert [
-        line.split('\t')[1]
-        for line in clipcap('webcam', '--no-window', '--source', still)[0].splitlines()
-    ] == ['Left.']
-    assert [
-        line.split('\t')[1]
-        for line in clipcap('webcam', '--no-window', '--source', still, '--mirror')[0].splitlines()
-    ] == ['Right.']
+    assert printed_captions(still) == ['Left.']
+    assert printed_captions(still, '--mirror') == ['Right.']
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [('--pause', 'inf'), ('--pause', 'nan'), ('--beams', 10**9), ('--captions', 0)],
+)
+def test_usage(wrong):
+    clipcap('webcam', '--no-window', *wrong, code=2)
 
 
 def test_command_without_camera_or_display(monkeypatch, fake):
-    assert complaint('webcam', '--no-window', '--source', 99).startswith(
-        'clipcap: camera 99: not found'
-    )
+    line = complaint('webcam', '--no-window', '--source', 99)
+    assert line.startswith('clipcap: camera 99: not found')
     for name in 'DISPLAY', 'WAYLAND_DISPLAY':
         monkeypatch.delenv(name, raising=False)
     if sys.platform.startswith('linux'):
@@ -287,23 +309,21 @@ def test_command_without_camera_or_display(monkeypatch, fake):
         assert '--no-window' in complaint('webcam')
 
 
+def heed_interrupts():
+    # a shell's background jobs, CI's perhaps, are deaf to it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+COMMAND = [sys.executable, '-m', 'clipcap.cli.main', 'webcam']
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='sends SIGINT')
 def test_ctrl_c(tmp_path):
-    command = [
-        sys.executable,
-        '-m',
-        'clipcap.cli.main',
-        'webcam',
-        '--no-window',
-        '--beams',
-        '1',
-        '--source',
-        film(tmp_path / 'film.mp4', frames=50, fps=1),
-    ]
-    heed = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a shell's background jobs, CI's perhaps, are deaf to it
+    source = film(tmp_path / 'film.mp4', frames=50, fps=1)
+    command = [*COMMAND, '--no-window', '--beams', '1', '--source', source]
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
     ) as run:
         assert run.stdout.readline().count('\t') == 1
         run.send_signal(signal.SIGINT)
@@ -313,28 +333,17 @@ def test_ctrl_c(tmp_path):
 
 @pytest.mark.skipif(not shutil.which('Xvfb'), reason='needs Xvfb')
 def test_window(tmp_path):
+    screen = ['Xvfb', '-displayfd', '1', '-screen', '0', '800x600x24']
     with subprocess.Popen(
-        ['Xvfb', ':97', '-screen', '0', '800x600x24'], stderr=subprocess.DEVNULL
-    ) as screen:
+        screen, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
         try:
-            time.sleep(1)
-            command = [
-                sys.executable,
-                '-m',
-                'clipcap.cli.main',
-                'webcam',
-                '--source',
-                film(tmp_path / 'film.mp4', fps=5),
-                '--frames',
-                '3',
-            ]
+            display = f':{server.stdout.readline().strip()}'  # once it is ready
+            command = [*COMMAND, '--source', film(tmp_path / 'film.mp4', fps=5), '--captions', '3']
+            environment = os.environ | dict(DISPLAY=display)
             done = subprocess.run(
-                command,
-                env=os.environ | dict(DISPLAY=':97'),
-                capture_output=True,
-                text=True,
-                timeout=300,
+                command, env=environment, capture_output=True, text=True, timeout=300
             )
             assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
         finally:
-            screen.terminate()
+            server.terminate()
