@@ -29,7 +29,7 @@ def extras():
 
 
 class BuildWithModel(build_py):
-    "A wheel carries weights/tiny as clipcap/weights/tiny; an editable install reads it where it lies"
+    "A wheel carries weights/tiny as clipcap/weights/tiny; an editable install finds it in place"
 
     def run(self):
         super().run()

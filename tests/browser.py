@@ -1,6 +1,7 @@
 """A notebook, made on the spot, in JupyterLab in headless Chromium: what the browser tests share.
 
-with opened(lab, ['code of a cell', ...]) as page: page.wait_for_selector('.my-widget'); ...      (`lab` is a fixture)"""
+with opened(lab, ['code of a cell', ...]) as page:      # `lab` is a fixture
+    page.wait_for_selector('.my-widget')"""
 
 import json
 import os
@@ -10,33 +11,29 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).resolve().parent.parent
-PATIENCE = int(
-    os.environ.get('CLIPCAP_PATIENCE', 120)
-)  # s: how long anything may take on a busy machine; what comes sooner is not waited for
+# s: how long anything may take on a busy machine; what comes sooner is not waited for
+PATIENCE = int(os.environ.get('CLIPCAP_PATIENCE', 120))
 
 
 def chromium():
-    return next(
-        filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
-    )
+    "The path of a Chromium, or None"
+    found = map(shutil.which, ['chromium', 'chromium-browser', 'google-chrome'])
+    return next(filter(None, found), None)
 
 
 def lacking():
     "What keeps browser tests from running here, or nothing"
     if not chromium():
         return 'needs Chromium (Debian: apt install chromium)'
-    try:
-        import anywidget
-        import jupyterlab
-        import playwright
-    except ImportError as fault:
-        return f'needs {fault.name} (pip install)'
+    missing = [name for name in ('anywidget', 'jupyterlab', 'playwright') if not find_spec(name)]
+    return f'needs {missing[0]} (pip install {missing[0]})' if missing else None
 
 
 @contextmanager
@@ -104,14 +101,10 @@ def _address(folder, server):
 def _end(server):
     "The server ends its kernels; what is left of its session is killed"
     server.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         server.wait(20)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @pytest.fixture(scope='session')
@@ -149,7 +142,9 @@ def command(page, name, **arguments):
 
 @contextmanager
 def opened(lab, cells, flags=(), script=None, host='localhost', run=True, **context):
-    "A page with a notebook of `cells`, all run; on failure what it looked like is kept beside the notebook. `script` runs in the page before anything else"
+    """A page with a notebook of `cells`, all run; `script` runs in the page before anything else.
+
+    On failure, what the page looked like is kept beside the notebook."""
     from playwright.sync_api import sync_playwright
 
     url, folder = lab
