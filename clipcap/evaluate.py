@@ -128,10 +128,18 @@ def _scored(overall, of_photos, seed, missing=()):
     return Scores(table, of_photos, draws, seed, dict(missing))
 
 
-def _times(photos, draws, seed):
-    "(1 + draws, photos): how often each photo counts; once in the first row"
-    drawn = np.random.default_rng(seed).multinomial(photos, np.full(photos, 1 / photos), draws)
-    return np.vstack([np.ones(photos), drawn])
+def _sums(values, draws, seed):
+    """(1 + draws, columns): the sums of values (photos, columns) over all photos, then over those
+    of each draw"""
+    photos = len(values)
+    rng = np.random.default_rng(seed)
+    share = np.full(photos, 1 / photos)
+    at_once = max(1, 2_000_000 // photos)  # so that many photos take no more memory than few
+    sums = [values.sum(0, keepdims=True)]
+    for start in range(0, draws, at_once):
+        times = rng.multinomial(photos, share, min(at_once, draws - start))  # how often each counts
+        sums.append(times @ values)
+    return np.concatenate(sums)
 
 # %% ../nbs/06_evaluate.ipynb #05-038
 def _check_same_photos(references, predictions):
@@ -190,16 +198,17 @@ def evaluate_captions(
     cider = Cider().compute_score(*by_number)[1]
     names = ['BLEU-1', 'BLEU-2', 'BLEU-3', 'BLEU-4', 'ROUGE-L', 'CIDEr', 'CIDEr-D']
     means = np.stack([rouge, cider, cider], 1)
-    times = _times(len(refs), bootstrap, seed)
+
+    def sums(values):
+        return _sums(np.asarray(values, float), bootstrap, seed)
+
     of_photos = dict(zip(names, [*_bleu(counts).T, *means.T], strict=True))
-    over_all = dict(
-        zip(names, [*_bleu(times @ counts).T, *(times @ means / len(refs)).T], strict=True)
-    )
+    over_all = dict(zip(names, [*_bleu(sums(counts)).T, *(sums(means) / len(refs)).T], strict=True))
 
     missing = {}
     if meteor:
         try:
-            scores = meteor_scores(refs, captions, times, patience)
+            scores = meteor_scores(refs, captions, sums, patience)
             of_photos['METEOR'], over_all['METEOR'] = scores
         except ClipcapError as fault:
             missing['METEOR'] = str(fault)
@@ -222,7 +231,7 @@ def add_metric(
     of_photos = scores.photos.assign(**{name: values})
     _check_finite(of_photos, 'photo')
     overall = pd.concat([scores.table.score.to_frame().T, scores.draws], ignore_index=True)
-    overall[name] = _times(photos, len(scores.draws), scores.seed) @ values / photos
+    overall[name] = _sums(values[:, None], len(scores.draws), scores.seed)[:, 0] / photos
     return _scored(overall, of_photos, scores.seed, scores.missing)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -81,6 +82,25 @@ def test_a_draw_scores_the_photos_it_drew(world):
         )
         means = scores.photos[['ROUGE-L', 'CIDEr', 'CIDEr-D']].to_numpy()[drawn].mean(0)
         np.testing.assert_allclose(draw, [*bleu, *means], rtol=1e-9)
+
+
+def test_many_draws_of_many_photos_fit_into_memory():
+    "All draws at once would take 160 MB, and as much again"
+    photos, draws = 20_000, 1000
+    table = pd.DataFrame(dict(score=[0.0], low=[0.0], high=[0.0]), index=['none'])
+    scores = Scores(
+        table,
+        pd.DataFrame(dict(none=np.zeros(photos))),
+        pd.DataFrame(dict(none=np.zeros(draws))),
+        seed=0,
+    )
+    tracemalloc.start()
+    odd = add_metric(scores, 'odd', np.arange(photos) % 2).draws['odd']
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6
+    assert odd.mean() == pytest.approx(0.5, abs=1e-3)
+    assert odd.std() == pytest.approx(0.5 / photos**0.5, rel=0.2)
 
 
 def test_published_examples_of_bleu_and_rouge():

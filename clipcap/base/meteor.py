@@ -104,9 +104,9 @@ def _numbers(answers):
 def meteor_scores(
     references: list[list[str]],  # the words of each photo's references, with spaces between
     captions: list[str],  # the words of each photo's caption
-    times: np.ndarray,  # (rows, photos): how often each photo is taken
+    sums,  # gives (rows, columns), sums over some photos, of (photos, columns)
     patience: float = 180,  # seconds that Java may stay silent
-) -> tuple[np.ndarray, np.ndarray]:  # of each photo; of each row of `times`, over all its photos
+) -> tuple[np.ndarray, np.ndarray]:  # of each photo; of each row of sums
     "METEOR, 0..1; `ClipcapError` where Java is missing, ends early or does not answer"
     questions = [
         ' ||| '.join(['SCORE', *some, caption.replace('  ', ' ')])
@@ -120,4 +120,4 @@ def meteor_scores(
             answers = program.ask([' ||| '.join(['EVAL', *stats])], len(stats) + 1)
             return _numbers(answers)[:-1, 0]  # the last is over all rows
 
-        return scores(counts), scores(times @ counts)
+        return scores(counts), scores(sums(counts))
