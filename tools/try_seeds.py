@@ -3,8 +3,8 @@
 python tools/try_seeds.py nbs/05_generate.ipynb ... [--seeds 5] [--threads 1 2]
 
 Every seed that a notebook gives to torch is shifted, and each notebook is run once for each seed
-and number of threads. A cell that fails is named, with its error; the rest is run all the same. A check
-that fails for one of them says too much: let it ask for less, or for what must be true."""
+and number of threads. A cell that fails is named, with its error; the others are run all the same.
+A check that fails for one of them says too much: let it ask for less, or for what must be true."""
 
 import argparse
 import os
