@@ -309,6 +309,8 @@ def test_one_line_for_what_is_wrong(drawn, people, tmp_path):
     clipcap('evaluate', drawn, '--bootstrap', -1, code=2)
     said, lines = clipcap('evaluate', drawn, '--render', drawn / 'images', *how, code=2)
     assert '--render' in lines[-1]
+    said, lines = clipcap('evaluate', drawn, '-o', drawn, '--no-meteor', code=2)
+    assert '--output' in lines[-1]
     assert not (tmp_path / 'out').exists()
 
 
@@ -370,6 +372,15 @@ for pipe in sys.argv[1:]:
     command = [sys.executable, '-c', code, *pipes]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert len(run.stdout.splitlines()) == 6
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names that are not UTF-8')
+def test_odd_names_of_folders(drawn, people, tmp_path):
+    folder = Path(shutil.copytree(drawn, os.fsdecode(os.fsencode(tmp_path) + b'/a\nb\xff')))
+    predictions = Path(shutil.copy(people, folder / 'p\n\udcff.json'))
+    arguments = ['--predictions', predictions, '-o', tmp_path / 'out', '--no-meteor']
+    said, lines = clipcap('evaluate', folder, *arguments)
+    assert r'p\n\xff: 6 photos of a\nb\xff' in said and not lines
 
 
 def test_output_places_are_tried_first(drawn, people, tmp_path):

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from ..base.files import ClipcapError, lock, write_json
+from ..base.files import ClipcapError, lock, one_line, write_json
 from clipcap.cli.base import (
     MEASURE,
     BatchSize,
@@ -172,7 +172,7 @@ def _runs(data, predictions, model, sizes, device, batch_size, skipped):
 
     if predictions:
         captions = read_predictions(predictions, data.ids, list(data.references), data.folder)
-        yield _Run(predictions.stem, '', captions)
+        yield _Run(one_line(predictions.stem), '', captions)
         return
     from clipcap.generate import GenerationOptions
     from clipcap.tools.published import open_captioner
@@ -183,7 +183,7 @@ def _runs(data, predictions, model, sizes, device, batch_size, skipped):
         options = GenerationOptions(beams=size)
         captions = predict(captioner, photos, options, batch_size, sys.stderr.isatty(), skipped)
         part = f'beams-{size}' if len(sizes) > 1 else ''
-        yield _Run(f'{model}, beams {size}', part, captions)
+        yield _Run(one_line(f'{model}, beams {size}'), part, captions)
 
 
 def _clip_scores(towers, data, captions, skipped):
@@ -314,6 +314,8 @@ def evaluate(
     for option, given in (('--model', model), ('--beams', beams)):
         if predictions and given:
             raise typer.BadParameter('give this or --predictions, not both', param_hint=option)
+    if output.resolve() == data.resolve():
+        raise typer.BadParameter('this is the data set: give another folder', param_hint='--output')
     with ExitStack() as locks:
         for folder in filter(None, (output, render)):
             check_output(folder)
@@ -336,9 +338,10 @@ def evaluate(
         runs = _runs(found, predictions, model or 'tiny', sizes, device, batch_size, skipped)
         undrawn = _Skipped()
         scored = {}
+        name = one_line(data.resolve().name)
         for run in runs:
             scores, kept = _score(found, run.predictions, towers, skipped, **how)
-            title = f'{run.name}: {len(kept.references)} photos of {data.resolve().name}'
+            title = f'{run.name}: {len(kept.references)} photos of {name}'
             _write(run, scores, kept, output, render, title, undrawn)
             scored[run.name] = scores
         names = list(scored)
