@@ -191,15 +191,10 @@ def _clip_scores(towers, data, captions, skipped):
     from clipcap.methods.retrieval import clip_metrics
 
     names = list(data.references)
-    references = [data.references[name] for name in names]
+    photos = list(data.photos.values())
+    references = list(data.references.values())
     faults = {}
-    table = clip_metrics(
-        towers,
-        [data.photos[name] for name in names],
-        references,
-        [captions[name] for name in names],
-        faults,
-    )
+    table = clip_metrics(towers, photos, references, [captions[name] for name in names], faults)
     skipped.update({names[index]: reason for index, reason in faults.items()})
     return table.set_axis([names[index] for index in table.index])
 
@@ -208,6 +203,7 @@ def _score(data, captions, towers, skipped, **how):
     "The scores of captions, those of the two towers among them; and the data they are about"
     from clipcap.evaluate import add_metric, evaluate_captions
 
+    data = data.without(skipped)
     judged = None if towers is None else _clip_scores(towers, data, captions, skipped)
     data = data.without(skipped)
     captions = {name: captions[name] for name in data.references}
