@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'MAPPERS', 'NEW_LANGUAGES', 'TRACKERS', 'setting', 'setting_type', 'wanted', 'check_settings', 'Settings',
-           'read_settings', 'changed_settings', 'settings_table', 'LoopSettings', 'TrainConfig']
+           'read_settings', 'changed_settings', 'settings_table', 'LoopSettings', 'TrainConfig', 'AlignConfig']
 
 # %% ../../nbs/base/08_config.ipynb #08co-002
 import difflib
@@ -207,3 +207,33 @@ class TrainConfig(LoopSettings):
         super().__post_init__()
         if not self.rate and not self.language_rate:
             raise ClipcapError('rate 0: nothing would learn; give a rate above 0')
+
+# %% ../../nbs/base/08_config.ipynb #08co-al1
+@dataclass(frozen=True)
+class AlignConfig(LoopSettings):
+    "How words and regions are brought together"
+
+    space: int = setting(384, 'Dimensions of the common space.', low=1, high=65_536)
+    word_size: int = setting(300, 'Dimensions of a word before it is read.', low=1, high=65_536)
+    hidden: int = setting(256, 'Of each LSTM.', low=1, high=65_536)
+    at_least: int = setting(3, "Rarer words are '?'.", low=1, high=1_000_000)
+    max_words: int = setting(40, 'Longer captions are cut.', low=1, high=4096)
+    dropout: float = setting(
+        0.2, 'Of features, and of words before and after reading.', low=0, below=1
+    )
+    epochs: int = setting(6, 'Passes over all captions.', low=1, high=100_000)
+    sum_epochs: int = setting(
+        4,
+        'Of these the first ones count all rivals, the later ones the hardest.',
+        low=0,
+        high=100_000,
+    )
+    batch_size: int = setting(128, 'Photos at once, each with one caption.', low=2, high=65_536)
+    rate: float = setting(8e-4, 'Peak learning rate.', low=0, high=1)
+    warmup: float = setting(0.05, 'Share of the steps in which the rate climbs.', low=0, below=1)
+    margin: float = setting(1.0, 'By so much the right one shall be better.', low=0, high=1_000_000)
+    clip: float = setting(2.0, 'Longest gradient allowed; 0 = any.', low=0, high=1_000_000)
+    score_photos: int = setting(
+        1000, 'Validation photos for the recall after each epoch.', low=1, high=10_000_000
+    )
+    save_every: int = setting(100, 'Steps between checkpoints.', low=1, high=10_000_000)

@@ -23,7 +23,7 @@ from ..base.config import LoopSettings, setting
 from ..base.files import ClipcapError, write_file
 from ..base.loop import items_per_step, run_training
 from ..base.photos import open_image, read_ahead
-from ..base.store import FeatureStore
+from ..base.store import FeatureStore, file_state
 from ..base.words import split_words
 
 # %% ../../nbs/methods/08_distill.ipynb #11-005
@@ -32,10 +32,9 @@ def _photos_digest(photos, size):
     digest = hashlib.sha256(str(size).encode())
     for photo in map(Path, photos):
         try:
-            about = photo.stat()
-        except OSError as fault:
-            raise ClipcapError(f'{photo}: {fault.strerror}: give photos that are there') from fault
-        digest.update(f'{photo.resolve()} {about.st_size} {about.st_mtime_ns}\n'.encode())
+            digest.update(f'{photo.resolve()} {file_state(photo)}\n'.encode())
+        except (OSError, ValueError) as fault:
+            raise ClipcapError(f'{photo}: {fault}: give photos that are there') from fault
     return digest.hexdigest()[:8]
 
 
@@ -194,6 +193,20 @@ class Distillation(nn.Module):
 CELL = 32  # pixels of a photo for each cell of the student's grid
 
 
+def _sizes_fit(sizes):
+    try:
+        starts = [float(start) for start, _ in sizes]
+        pixels = [float(size) for _, size in sizes]
+    except (TypeError, ValueError):
+        return False
+    return (
+        starts[:1] == [0]
+        and starts == sorted(starts)
+        and starts[-1] < 1
+        and all(size > 0 and size % CELL == 0 for size in pixels)
+    )
+
+
 @dataclass(frozen=True)
 class DistillConfig(LoopSettings):
     "How a tower is distilled"
@@ -211,15 +224,7 @@ class DistillConfig(LoopSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        try:
-            starts = [float(start) for start, _ in self.sizes]
-            fine = all(
-                size == int(size) and size > 0 and size % CELL == 0 for _, size in self.sizes
-            )
-            fine = fine and starts[0] == 0 and starts == sorted(starts) and starts[-1] < 1
-        except (TypeError, ValueError, IndexError):
-            fine = False
-        if not fine:
+        if not _sizes_fit(self.sizes):
             raise ClipcapError(
                 f'sizes must be pairs of a share of the run, the first 0, and a multiple of {CELL} '
                 f'pixels, not {self.sizes!r}'

@@ -7,7 +7,9 @@ __all__ = ['word_regions', 'align_dataset', 'PhotoAligner', 'align_caption', 'dr
            'ClipAligner', 'open_aligner', 'photos_and_regions']
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-003
+import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +19,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..base.captions import read_dataset
-from ..base.files import ClipcapError
-from ..base.photos import list_images, open_image, read_ahead
+from ..base.config import AlignConfig
+from ..base.files import ClipcapError, lock
+from ..base.photos import list_images, open_image
 from ..base.pictures import contact_sheet
 from ..base.store import FeatureStore
 from ..embed import embed_images
 from ..image import local_model
 from clipcap.methods.alignment import (
-    AlignConfig,
     Aligner,
-    alignment_recall,
     load_aligner,
     make_vocabulary,
     pair_scores,
@@ -41,7 +42,7 @@ from clipcap.methods.regions import (
     reopen_regions,
     seen_part,
 )
-from .retrieval import TwoTowers
+from .retrieval import TwoTowers, pixel_batches
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-006
 def word_regions(
@@ -49,14 +50,16 @@ def word_regions(
     beta: float = 0.0,  # what two neighbours in one region are worth; 0 = each word by itself
 ) -> np.ndarray:  # (words,): the region of each
     "The best regions of a caption's words, chosen together (10 to 12)"
-    best, came = np.array(agreement[0], float), []
+    best = np.array(agreement[0], float)  # of each region the best way that ends there
+    regions = np.arange(len(best))
+    came_from = []
     for row in agreement[1:]:
         jump = best.argmax()
         stays = best + beta >= best[jump]  # rather than come from the best of all
-        came.append(np.where(stays, np.arange(len(best)), jump))
+        came_from.append(np.where(stays, regions, jump))
         best = row + np.where(stays, best + beta, best[jump])
     path = [best.argmax()]
-    for back in reversed(came):
+    for back in reversed(came_from):
         path.append(back[path[-1]])
     return np.array(path[::-1])
 
@@ -65,33 +68,40 @@ def align_dataset(
     data: str | Path,  # a data set's folder: photos and captions
     folder: str | Path,  # gets best/ (the model), history.csv and the checkpoint
     tower,  # as `open_regions` gives it
-    config: AlignConfig = AlignConfig(),
+    config: AlignConfig = None,  # how; None = the defaults
     store: str | Path = None,  # the features, made where they are missing; None = folder/features
     report=None,  # called with the history after each epoch
     progress: bool = True,  # bars on stderr
+    skipped: dict = None,  # gets name -> reason of photos that could not be read
 ) -> pd.DataFrame:  # the history
     "Train an aligner on a folder of photos and captions; a killed run goes on where it was"
+    config = config or AlignConfig()
     table, photos = read_dataset(data)
+    names = table.image.unique()
     place = Path(store or Path(folder) / 'features')
-    embed_images(
-        tower, [photos / name for name in table.image.unique()], place, photos, progress=progress
-    )
-    features = FeatureStore.open(place, tower.fingerprint)
-    table = table[table.image.isin(features.names)]
-    torch.manual_seed(config.seed)
-    vocabulary = make_vocabulary(table[table.split == 'train'].caption, config.at_least)
-    aligner = Aligner(vocabulary, features.dim, tower.features != 'boxes', config).to(
-        tower.model.device
-    )
-    return train_aligner(aligner, table, features, folder, tower, report, progress)
+    with lock(folder):
+        paths = [photos / name for name in names]
+        features = embed_images(tower, paths, place, photos, progress=progress)
+        faults = {name: features.skipped[name] for name in names if name in features.skipped}
+        if skipped is not None:
+            skipped.update(faults)
+        table = table[~table.image.isin(faults.keys())]
+        captions = table[table.split == 'train'].caption
+        vocabulary = make_vocabulary(captions, config.at_least)
+        torch.manual_seed(config.seed)
+        aligner = Aligner(vocabulary, features.dim, tower.features != 'boxes', config)
+        aligner.to(tower.model.device)
+        return train_aligner(aligner, table, features, folder, tower, report, progress)
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-012
 class PhotoAligner:
     "A trained aligner with its tower"
 
     def __init__(
-        self, name: str | Path, device: str = None
-    ):  # the folder of an alignment model or of its training run
+        self,
+        name: str | Path,  # the folder of an alignment model or of its training run
+        device: str = None,  # cpu, cuda, ...; None = the best one here
+    ):
         folder = local_model(name) or Path(name)
         self.aligner, about = load_aligner(folder)
         if not about:
@@ -103,52 +113,77 @@ class PhotoAligner:
 
     @torch.inference_mode()
     def regions(
-        self, photos: list, batch_size: int = 16
-    ) -> torch.Tensor:  # whatever `open_image` takes -> (photos, whole + regions, space)
-        found = []
-        for batch in read_ahead(
-            list(photos), lambda photo: self.tower.preprocess([open_image(photo)])[0], batch_size
-        ):
-            found.append(
-                self.aligner.see(self.tower(torch.stack([pixels for _, pixels in batch]))).cpu()
-            )
-        return torch.cat(found)
+        self,
+        photos: list,  # whatever `open_image` takes
+        batch_size: int = 16,  # photos at once
+        skipped: dict = None,  # gets index -> reason of photos that cannot be read; None: raise
+    ) -> torch.Tensor:  # (photos, whole + regions, space)
+        "The vectors of photos' regions"
+
+        def read(photo):
+            return self.tower.preprocess([open_image(photo)])[0]
+
+        batches = pixel_batches(photos, read, batch_size, skipped)
+        return torch.cat([self.aligner.see(self.tower(pixels)).cpu() for pixels in batches])
 
     @torch.inference_mode()
     def stored(
-        self, store, names: list[str], batch_size: int = 256
-    ) -> torch.Tensor:  # the same, of photos in a `FeatureStore` of this tower
+        self,
+        store,  # a `FeatureStore` of this tower
+        names: list[str],  # photos in it
+        batch_size: int = 256,
+    ) -> torch.Tensor:  # (photos, whole + regions, space)
+        "The vectors of stored photos' regions"
         rows, device = store.rows(names), self.aligner.mean.device
-        return torch.cat(
-            [
-                self.aligner.see(
-                    torch.as_tensor(
-                        store[rows[i : i + batch_size]], dtype=torch.float32, device=device
-                    )
-                ).cpu()
-                for i in range(0, len(rows), batch_size)
-            ]
-        )
+        found = []
+        for start in range(0, len(rows), batch_size):
+            features = store[rows[start : start + batch_size]]
+            features = torch.as_tensor(features, dtype=torch.float32, device=device)
+            found.append(self.aligner.see(features).cpu())
+        return torch.cat(found)
 
     @torch.inference_mode()
-    def words(self, text: str) -> tuple:  # the words, and their vectors (words, space)
-        ids, lengths = (t.to(self.aligner.mean.device) for t in self.aligner.encode([text]))
-        return words_of(text)[: ids.shape[1]], self.aligner.read(ids, lengths)[0][0].cpu()
+    def words(
+        self,
+        text: str,
+    ) -> tuple[list[str], torch.Tensor]:  # the words, and their vectors (words, space)
+        "The vectors of words; ClipcapError where it knows none of them"
+        words = words_of(text)[: self.aligner.config.max_words]
+        unknown = [word for word in words if word not in self.aligner.number]
+        if len(unknown) == len(words) or words == ['?']:
+            raise ClipcapError(f"'{text}': no word that this model has learned; give others")
+        if unknown:
+            known = ', '.join(sorted(set(unknown)))
+            warnings.warn(f"'{text}': never learned, and of no weight: {known}", stacklevel=2)
+        ids, lengths = self.aligner.encode([text])
+        device = self.aligner.mean.device
+        vectors, _ = self.aligner.read(ids.to(device), lengths.to(device))
+        return words, vectors[0].cpu()
 
-    def boxes(self, photo: Image.Image) -> np.ndarray:
-        return region_boxes(self.tower, photo)  # (whole + regions, 4)
+    def boxes(
+        self,
+        photo: Image.Image,  # RGB
+    ) -> np.ndarray:  # (whole + regions, 4)
+        "Where the regions lie"
+        return region_boxes(self.tower, photo)
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-015
+def _check_agreement(agreement):
+    if not np.isfinite(np.asarray(agreement)).all():
+        raise ClipcapError('words and regions agree by numbers that are not finite: train anew')
+
+
 def align_caption(
     aligner,  # a `PhotoAligner` or a `ClipAligner`
     photo,  # whatever `open_image` takes
     caption: str,
     beta: float = 0.0,  # what two neighbours in one region are worth
-) -> pd.DataFrame:  # a row a word: word, region (0 = the whole photo), score, box
+) -> pd.DataFrame:  # a row per word: word, region (0 = the whole photo), score, box
     "Which region each word belongs to"
     photo = open_image(photo)
     words, vectors = aligner.words(caption)
     agreement = (vectors @ aligner.regions([photo])[0].T).numpy()
+    _check_agreement(agreement)
     chosen, boxes = word_regions(agreement, beta), aligner.boxes(photo)
     return pd.DataFrame(
         dict(
@@ -168,35 +203,35 @@ def draw_alignment(
 ) -> Image.Image:
     "The words with the best scores, drawn on their regions"
     shown = aligned.nlargest(most, 'score').query('score > 0').sort_index()
-    labels = (
-        shown.assign(label=[f'{word} {score:.1f}' for word, score in zip(shown.word, shown.score)])
-        .groupby('box', sort=False)
-        .label.agg(', '.join)
-    )
-    return draw_regions(photo, np.array([*labels.index]).reshape(-1, 4), list(labels), width)
+    labels = {}
+    for row in shown.itertuples():
+        labels.setdefault(row.box, []).append(f'{row.word} {row.score:.1f}')
+    boxes = np.array(list(labels)).reshape(-1, 4)
+    return draw_regions(photo, boxes, [', '.join(words) for words in labels.values()], width)
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-018
 def find_phrase(
     aligner,  # a `PhotoAligner` or a `ClipAligner`
     phrase: str,
     photos: list,  # whatever `open_image` takes
-    regions=None,  # (photos, whole + regions, space), where they are known already
+    regions: torch.Tensor = None,  # (photos, whole + regions, space), where they are known already
     top: int = 5,  # photos wanted
 ) -> pd.DataFrame:  # photo, score, region (1 = the first after the whole photo), box; best first
     "The photos that a phrase fits best, and where"
-    regions, (words, vectors) = (
-        aligner.regions(photos) if regions is None else regions,
-        aligner.words(phrase),
-    )
-    scores = pair_scores(regions, vectors[None], torch.ones(1, len(vectors), dtype=torch.bool))[
-        :, 0
-    ]
+    if regions is None:
+        regions = aligner.regions(photos)
+    if len(regions) != len(photos):
+        raise ClipcapError(f'{len(photos)} photos, regions of {len(regions)}: give as many of each')
+    _, vectors = aligner.words(phrase)
+    mask = torch.ones(1, len(vectors), dtype=torch.bool)
+    scores = pair_scores(regions, vectors[None], mask)[:, 0]
+    _check_agreement(scores)
     order = scores.argsort(descending=True, stable=True)[:top].tolist()
     places = 1 + (regions[order, 1:] @ vectors.sum(0)).argmax(1).numpy()
-    boxes = [
-        tuple(np.round(aligner.boxes(open_image(photos[i]))[place], 3).tolist())
-        for i, place in zip(order, places)
-    ]
+    boxes = []
+    for i, place in zip(order, places, strict=True):
+        box = aligner.boxes(open_image(photos[i]))[place]
+        boxes.append(tuple(np.round(box, 3).tolist()))
     return pd.DataFrame(
         dict(
             photo=[photos[i] for i in order], score=scores[order].numpy(), region=places, box=boxes
@@ -211,118 +246,124 @@ def phrase_sheet(
     width: int = 320,  # of each photo, pixels
 ) -> Image.Image:
     "What a phrase found, as one picture"
-    drawn = [
-        draw_regions(photo, np.array([box]), [phrase], width)
-        for photo, box in zip(found.photo, found.box)
-    ]
-    return contact_sheet(
-        drawn,
-        [
-            f'{getattr(photo, "name", Path(str(photo)).name)}  {score:.2f}'
-            for photo, score in zip(found.photo, found.score)
-        ],
-        columns,
-        width,
-    )
+    drawn, captions = [], []
+    for row in found.itertuples():
+        drawn.append(draw_regions(row.photo, np.array([row.box]), [phrase], width))
+        name = getattr(row.photo, 'name', Path(str(row.photo)).name)
+        captions.append(f'{name}  {row.score:.2f}')
+    return contact_sheet(drawn, captions, columns, width)
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-023
 class ClipAligner:
     "Patches and words of a CLIP in its common space"
 
-    def __init__(self, name: str | Path, device: str = None):  # a CLIP by folder or name on the Hub
+    def __init__(
+        self,
+        name: str | Path,  # a CLIP by folder or name on the Hub
+        device: str = None,  # cpu, cuda, ...; None = the best one here
+    ):
         self.towers = TwoTowers(name, device)
         self.model = self.towers.model
         if not hasattr(self.model, 'visual_projection'):
-            raise ClipcapError(
-                f'{name}: a {self.model.config.model_type} model projects no patches; give a CLIP'
-            )
+            kind = self.model.config.model_type
+            raise ClipcapError(f'{name}: a {kind} model projects no patches; give a CLIP')
 
     @torch.inference_mode()
     def regions(
-        self, photos: list, batch_size: int = 16
-    ) -> torch.Tensor:  # -> (photos, whole + patches, dim), length 1
-        def read(photo):
-            return torch.as_tensor(
-                self.towers.processor(images=[open_image(photo)], return_tensors='np')[
-                    'pixel_values'
-                ][0]
-            )
-
-        found, vision = [], self.model.vision_model
-        for batch in read_ahead(list(photos), read, batch_size):
-            seen = vision(
-                pixel_values=torch.stack([pixels for _, pixels in batch]).to(self.model.device)
-            ).last_hidden_state
-            found.append(
-                F.normalize(self.model.visual_projection(vision.post_layernorm(seen)), dim=-1).cpu()
-            )
+        self,
+        photos: list,  # whatever `open_image` takes
+        batch_size: int = 16,  # photos at once
+        skipped: dict = None,  # gets index -> reason of photos that cannot be read; None: raise
+    ) -> torch.Tensor:  # (photos, whole + patches, dim), length 1
+        "The vectors of photos' patches"
+        vision, found = self.model.vision_model, []
+        for pixels in pixel_batches(photos, self.towers.read, batch_size, skipped):
+            seen = vision(pixel_values=pixels.to(self.model.device)).last_hidden_state
+            seen = self.model.visual_projection(vision.post_layernorm(seen))
+            found.append(F.normalize(seen, dim=-1).cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
     def words(
-        self, text: str
-    ) -> tuple:  # the word pieces without start and end, and their vectors (pieces, dim), length 1
-        tokenizer, longest = (
-            self.towers.tokenizer,
-            self.model.config.text_config.max_position_embeddings,
-        )
+        self,
+        text: str,
+    ) -> tuple[list[str], torch.Tensor]:  # word pieces without start and end, and their vectors
+        # (pieces, dim), length 1
+        "The vectors of word pieces; ClipcapError where there are none"
+        tokenizer = self.towers.tokenizer
         batch = tokenizer(
             text,
             truncation=True,
-            max_length=longest,
+            max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors='pt',
             return_special_tokens_mask=True,
         )
-        if not (inside := batch['special_tokens_mask'][0] == 0).any():
+        ids, inside = batch['input_ids'], batch['special_tokens_mask'][0] == 0
+        if not inside.any():
             raise ClipcapError(f"'{text}': no word in it; give a phrase")
         states = self.model.text_model(
-            input_ids=batch['input_ids'].to(self.model.device),
+            input_ids=ids.to(self.model.device),
             attention_mask=batch['attention_mask'].to(self.model.device),
         ).last_hidden_state
-        return [
-            tokenizer.decode([i]).strip() for i in batch['input_ids'][0][inside].tolist()
-        ], F.normalize(self.model.text_projection(states[0]), dim=-1).cpu()[inside]
+        vectors = F.normalize(self.model.text_projection(states[0]), dim=-1).cpu()
+        pieces = [tokenizer.decode([i]).strip() for i in ids[0][inside].tolist()]
+        return pieces, vectors[inside]
 
-    def boxes(self, photo: Image.Image) -> np.ndarray:  # (whole + patches, 4)
-        part, vision = seen_part(photo.size, self.towers.processor), self.model.config.vision_config
-        return np.concatenate(
-            [[part], cell_boxes(part, (vision.image_size // vision.patch_size) ** 2)]
-        )
+    def boxes(
+        self,
+        photo: Image.Image,  # RGB
+    ) -> np.ndarray:  # (whole + patches, 4)
+        "Where the patches lie"
+        part = seen_part(photo.size, self.towers.processor)
+        vision = self.model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return np.concatenate([[part], cell_boxes(part, patches)])
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-027
 def open_aligner(
-    name: str
-    | Path,  # the folder of an alignment model or its run; or a CLIP, by folder or name on the Hub
-    device: str = None,  # cpu, cuda, ...; None = cuda where there is one
+    name: str | Path,  # the folder of an alignment model or its run; or a CLIP, by folder or name
+    device: str = None,  # cpu, cuda, ...; None = the best one here
 ):  # a `PhotoAligner` or a `ClipAligner`; ClipcapError where it is neither
     "An aligner of either kind"
     folder = local_model(name)
-    return (
-        PhotoAligner(folder, device)
-        if folder and (folder / 'vocabulary.json').is_file()
-        else ClipAligner(name, device)
-    )
+    if folder and (folder / 'vocabulary.json').is_file():
+        return PhotoAligner(folder, device)
+    return ClipAligner(name, device)
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-031
+def _photos_in(folder):
+    "The photos of a folder, or of a data set, and the folder that their names are relative to"
+    folder = Path(folder)
+    try:
+        photos = list_images(folder)
+    except ClipcapError:
+        table, root = read_dataset(folder)
+        return [root / name for name in table.image.unique()], root
+    root = folder if folder.is_dir() else Path(os.path.commonpath([p.parent for p in photos]))
+    return photos, root
+
+
 def photos_and_regions(
     aligner,  # as `open_aligner` gives it
     folder: str | Path,  # photos, or a data set
     store: str | Path = None,  # where the features are kept, for a `PhotoAligner`; None = nowhere
     progress: bool = True,  # a bar on stderr
+    skipped: dict = None,  # gets photo -> reason of those that cannot be read
 ) -> tuple[list[Path], torch.Tensor]:  # the photos that can be read, and their regions
-    "A folder made ready to be searched"
-    try:
-        photos, root = list_images(folder), Path(folder)
-    except ClipcapError:
-        table, root = read_dataset(folder)
-        photos = [root / name for name in table.image.unique()]
-    if not isinstance(aligner, PhotoAligner):
-        return photos, aligner.regions(photos)
-    with tempfile.TemporaryDirectory() as passing:
-        kept = embed_images(aligner.tower, photos, store or passing, root, progress=progress)
-        photos = [
-            photo for photo in photos if photo.relative_to(root).as_posix() not in kept.skipped
-        ]
-        return photos, aligner.stored(
-            kept, [photo.relative_to(root).as_posix() for photo in photos]
-        )
+    "A folder made ready to be searched; photos that cannot be read are named in a warning"
+    photos, root = _photos_in(folder)
+    faults = {}  # index -> reason
+    if isinstance(aligner, PhotoAligner):
+        names = [photo.relative_to(root).as_posix() for photo in photos]
+        with tempfile.TemporaryDirectory() as passing:
+            kept = embed_images(aligner.tower, photos, store or passing, root, progress=progress)
+            faults = {i: kept.skipped[name] for i, name in enumerate(names) if name in kept.skipped}
+            good = [name for i, name in enumerate(names) if i not in faults]
+            regions = aligner.stored(kept, good)
+    else:
+        regions = aligner.regions(photos, skipped=faults)
+        for reason in faults.values():
+            warnings.warn(reason, stacklevel=2)
+    if skipped is not None:
+        skipped.update({photos[i]: reason for i, reason in faults.items()})
+    return [photo for i, photo in enumerate(photos) if i not in faults], regions

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from ..base.files import ClipcapError
 from ..base.photos import open_image
 from ..base.pictures import load_font
-from ..embed import VisionTower, quiet
+from ..embed import VisionTower, best_device, quiet
 from ..image import load_tower
 from .retrieval import check_loaded, reason_of
 
@@ -171,7 +171,7 @@ class Detector:
                 f'detector {name}: {reason_of(error)}; give an object detector of transformers, '
                 'by folder or name on the Hub, such as facebook/detr-resnet-50'
             ) from error
-        self.model = model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.model = model.eval().to(device or best_device())
 
     @torch.inference_mode()
     def __call__(
@@ -232,7 +232,7 @@ class TorchvisionDetector:
         self.name = name
         with _weights_only():
             model = get_model(name, **(options or dict(weights='DEFAULT')))
-        self.model = model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.model = model.eval().to(device or best_device())
 
     @torch.inference_mode()
     def __call__(
