@@ -1,10 +1,15 @@
-"Words and regions: the score, the loss, training and resuming, boxes, phrases, CLIP, and the two commands"
+"Words and regions: score, loss, training, resuming, boxes, phrases, CLIP, and the commands"
 
 import base64
 import itertools
 import json
 import math
+import os
+import shutil
 import sys
+import threading
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +18,12 @@ import pytest
 import torch
 from conftest import clipcap, complaint
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from clipcap.base.captions import read_dataset
-from clipcap.base.files import ClipcapError
+from clipcap.base.files import ClipcapError, lock
 from clipcap.base.scenes import draw_dataset
 from clipcap.base.store import FeatureStore
-from clipcap.embed import VisionTower, embed_images
+from clipcap.methods import alignment as room
 from clipcap.methods.alignment import (
     AlignConfig,
     Aligner,
@@ -51,12 +56,13 @@ from clipcap.methods.regions import (
     cell_boxes,
     crop_boxes,
     draw_regions,
+    make_random_detector,
+    open_detector,
     open_regions,
-    region_boxes,
-    reopen_regions,
     seen_part,
     top_boxes,
 )
+from clipcap.methods.retrieval import make_random_clip
 
 small = AlignConfig(
     space=16, word_size=8, hidden=8, at_least=1, epochs=20, sum_epochs=20, batch_size=16, rate=2e-2
@@ -66,7 +72,7 @@ things = ['cat', 'dog', 'sun', 'car']
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    "60 made-up photos of four cells: two of them hold a thing, a feature of its own, and the captions name both"
+    "60 made-up photos of four cells: two of them hold a thing each, and the captions name both"
     folder, rng, n = tmp_path_factory.mktemp('world'), np.random.default_rng(0), 60
     held, features = (
         [rng.choice(4, 2, replace=False) for _ in range(n)],
@@ -126,10 +132,10 @@ def test_score_is_the_sum_over_words_of_the_best_region():
         plain = [
             [
                 sum(
-                    max(float(np.dot(v[k, i], s[l, t])) for i in range(regions))
-                    for t in range(lengths[l])
+                    max(float(np.dot(v[k, i], s[c, t])) for i in range(regions))
+                    for t in range(lengths[c])
                 )
-                for l in range(captions)
+                for c in range(captions)
             ]
             for k in range(photos)
         ]
@@ -139,7 +145,8 @@ def test_score_is_the_sum_over_words_of_the_best_region():
 
 def test_loss_by_hand_and_by_loops():
     S = torch.tensor([[2.0, 1.5, 0], [0.5, 1, 3], [0, 0, 0]])
-    # photo 0: .5; photo 1: .5 + 3; photo 2: 1 + 1. Caption 0: 0 (by .5 - 2 + 1) and 0; caption 1: 1.5 + 0; caption 2: 1 + 4
+    # photo 0: .5; photo 1: .5 + 3; photo 2: 1 + 1
+    # caption 0: 0 (by .5 - 2 + 1) and 0; caption 1: 1.5 + 0; caption 2: 1 + 4
     assert ranking_loss(S).item() == pytest.approx((0.5 + 3.5 + 2 + 1.5 + 5) / 3) and ranking_loss(
         S, hardest=True
     ).item() == pytest.approx((0.5 + 3 + 1 + 0 + 1.5 + 4) / 3)
@@ -147,10 +154,10 @@ def test_loss_by_hand_and_by_loops():
     for margin in (0.2, 1, 3):
         plain = (
             sum(
-                max(0, S[k, l] - S[k, k] + margin) + max(0, S[l, k] - S[k, k] + margin)
+                max(0, S[k, j] - S[k, k] + margin) + max(0, S[j, k] - S[k, k] + margin)
                 for k in range(n)
-                for l in range(n)
-                if k != l
+                for j in range(n)
+                if k != j
             )
             / n
         )
@@ -186,6 +193,7 @@ def test_gradients_reach_everything_that_learns(world):
 
 # ---- words and batches
 def test_words():
+    assert words_of('一只狗 Кот') == ['一', '只', '狗', 'кот']
     assert words_of(
         "Two DOGS' ball, dog’s 3-D café!"
     ) == "two dogs ball dog’s 3 d café".split() and words_of('') == ['?']
@@ -208,20 +216,19 @@ def test_a_batch_never_holds_a_photo_twice(size):
 
 # ---- training
 def test_it_finds_the_photos_and_the_regions(world, trained):
+    "Chance: 10 of 12 photos for recall@10, and one region in four"
     table, store, held, places = world
     aligner, history, _ = trained
-    assert (
-        len(history) == small.epochs
-        and history.loss.iloc[-1] < history.loss.iloc[0] / 2
-        and history.score.max() > 0.9
-    )
+    assert len(history) == small.epochs
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0] / 2
+    right = 0
     with torch.inference_mode():
         for i in range(12):  # photos never learned from: each thing on its cell
-            words, mask = aligner.read(
-                *aligner.encode([f'a {things[held[i][0]]} and a {things[held[i][1]]}'])
-            )
+            one, other = held[i]
+            words, _ = aligner.read(*aligner.encode([f'a {things[one]} and a {things[other]}']))
             seen = aligner.see(torch.tensor(store[[i]], dtype=torch.float32))[0, 1:]
-            assert [(seen @ words[0, t]).argmax().item() for t in (1, 4)] == places[i].tolist()
+            right += [(seen @ words[0, t]).argmax().item() for t in (1, 4)] == places[i].tolist()
+    assert right >= 8  # by chance less than one
 
 
 def test_saved_and_loaded(world, trained):
@@ -231,7 +238,7 @@ def test_saved_and_loaded(world, trained):
     check = table[table.split == 'val']
     assert about is None and alignment_recall(best, check, store)[
         'recall@10'
-    ].mean() == pytest.approx(history.score.max())
+    ].mean() == pytest.approx(history.score.max(), abs=1 / 24)
     save_aligner(aligner, folder / 'copy')
     again, _ = load_aligner(folder / 'copy')
     names, texts = sorted(check.image.unique()), list(check.caption[:7])
@@ -254,27 +261,71 @@ def test_saved_and_loaded(world, trained):
             load_aligner(folder / 'copy')
 
 
-def test_a_killed_run_goes_on(world, trained, tmp_path):
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize('step', [0, 2, 3, 6, 9])  # three steps per epoch
+def test_a_run_goes_on_where_it_was_killed(step, world, tmp_path, monkeypatch):
     table, store, *_ = world
+    config = replace(small, epochs=4, sum_epochs=2, save_every=1, dropout=0.3)
+    unbroken = new(table, store, config)
+    history = train_aligner(unbroken, table, store, tmp_path / 'unbroken', progress=False)
+    assert len(history) == 4
+    real, calls = room.ranking_loss, iter(range(10**6))
 
-    def killed(history):
-        if len(history) == 2:
+    def failing(*arguments):
+        if next(calls) == step:
             raise KeyboardInterrupt
+        return real(*arguments)
 
+    monkeypatch.setattr(room, 'ranking_loss', failing)
     with pytest.raises(KeyboardInterrupt):
-        train_aligner(new(table, store), table, store, tmp_path, report=killed, progress=False)
-    history = train_aligner(
-        new(table, store, seed=5), table, store, tmp_path, progress=False
-    )  # other weights: those of the checkpoint count
-    assert np.allclose(history.loss, trained[1].loss, rtol=1e-3) and len(history) == small.epochs
-    with pytest.raises(ClipcapError, match='other settings'):
-        train_aligner(
-            new(table, store, AlignConfig(space=16, word_size=8, hidden=8, rate=0.5)),
-            table,
-            store,
-            tmp_path,
-            progress=False,
-        )
+        killed = new(table, store, config)
+        train_aligner(killed, table, store, tmp_path / 'run', progress=False)
+    monkeypatch.undo()
+    again = new(table, store, config, seed=0 if step == 0 else 5)  # the checkpoint's weights count
+    history_again = train_aligner(again, table, store, tmp_path / 'run', progress=False)
+    same = [column for column in history if 'per_second' not in column]
+    pd.testing.assert_frame_equal(history_again[same], history[same], check_exact=True)
+    for name, weight in unbroken.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0, msg=name)
+    best, best_again = (load_aligner(tmp_path / run)[0] for run in ('unbroken', 'run'))
+    for name, weight in best.state_dict().items():
+        torch.testing.assert_close(best_again.state_dict()[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_other_settings_or_data_are_refused(world, trained):
+    table, store, *_ = world
+    _, _, folder = trained
+    others = [
+        (table, replace(small, rate=0.5)),
+        (table, replace(small, margin=0.3)),
+        (table.assign(caption=table.caption.str.replace('cat', 'dog')), small),
+        (table[:-2], small),
+    ]
+    for captions, config in others:
+        aligner = new(table, store, config)
+        with pytest.raises(ClipcapError, match='otherwise'):
+            train_aligner(aligner, captions, store, folder, progress=False)
+
+
+def test_two_runs_in_one_folder(world, tmp_path):
+    table, store, *_ = world
+    refused = []
+
+    def second():
+        try:
+            train_aligner(new(table, store), table, store, tmp_path / 'run', progress=False)
+        except ClipcapError as fault:
+            refused.append(str(fault))
+
+    with lock(tmp_path / 'run'):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and 'in use' in refused[0]
+    assert not (tmp_path / 'run' / 'last.safetensors').exists()
 
 
 def test_without_validation_and_without_photos(world, tmp_path):
@@ -283,17 +334,90 @@ def test_without_validation_and_without_photos(world, tmp_path):
     config = AlignConfig(space=16, word_size=8, hidden=8, epochs=2, batch_size=16, precision='bf16')
     history = train_aligner(new(table, store, config), learn, store, tmp_path / 'a', progress=False)
     assert 'score' not in history and load_aligner(tmp_path / 'a')[0].config == config
-    with pytest.raises(ClipcapError, match='two photos'):
-        train_aligner(new(table, store), learn[:2], store, tmp_path / 'b', progress=False)
-    for wrong in dict(batch_size=1), dict(dropout=1.0), dict(precision='int8'), dict(epochs=0):
-        with pytest.raises(ClipcapError):
-            AlignConfig(**wrong)
+    for some in learn[:2], learn[:0]:
+        with pytest.raises(ClipcapError, match='two photos'):
+            train_aligner(new(table, store), some, store, tmp_path / 'b', progress=False)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(batch_size=1),
+        dict(dropout=1.0),
+        dict(dropout=math.nan),
+        dict(precision='int8'),
+        dict(epochs=0),
+        dict(rate=math.inf),
+        dict(margin=math.inf),
+        dict(clip=math.inf),
+        dict(space=10**9),
+        dict(seed=-1),
+    ],
+)
+def test_absurd_settings_are_refused(wrong):
+    with pytest.raises(ClipcapError, match=f'{next(iter(wrong))} must be'):
+        AlignConfig(**wrong)
+
+
+def test_what_is_not_finite_ends_in_one_line(world, tmp_path):
+    table, store, *_ = world
+    aligner = new(table, store)
+    aligner.region.weight.data[0, 0] = math.nan
+    with pytest.raises(ClipcapError, match='step 1'):
+        train_aligner(aligner, table, store, tmp_path / 'run', progress=False)
+    assert not (tmp_path / 'run' / 'best').exists()
+    with pytest.raises(ClipcapError, match='agree by nan'):
+        alignment_recall(aligner.eval(), table[table.split == 'val'], store)
+
+
+def drop(tensors):
+    del tensors['read.out.bias']
+
+
+def add(tensors):
+    tensors['strange'] = torch.ones(2)
+
+
+def spoil(tensors):
+    tensors['read.out.weight'][0, 0] = math.nan
+
+
+@pytest.mark.parametrize('change', [drop, add, spoil])
+def test_damaged_weights_are_refused(change, world, tmp_path):
+    table, store, *_ = world
+    save_aligner(new(table, store), tmp_path / 'model')
+    load_aligner(tmp_path / 'model')
+    file = tmp_path / 'model' / 'model.safetensors'
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ClipcapError, match='damaged one .*clipcap align'):
+        load_aligner(tmp_path / 'model')
+
+
+@pytest.mark.parametrize(
+    'file, text',
+    [
+        ('config.json', '[]'),
+        ('config.json', '{}'),
+        ('vocabulary.json', '{}'),
+        ('vocabulary.json', '["", "?", 3]'),
+        ('vocabulary.json', '["", "?", "a", "a", "and", "car", "cat"]'),
+        ('vocabulary.json', '[]'),
+    ],
+)
+def test_strange_json_is_refused(file, text, world, tmp_path):
+    table, store, *_ = world
+    save_aligner(new(table, store), tmp_path / 'model')
+    (tmp_path / 'model' / file).write_text(text)
+    with pytest.raises(ClipcapError, match='clipcap align'):
+        load_aligner(tmp_path / 'model')
 
 
 # ---- regions
 @pytest.mark.parametrize('size', [(300, 200), (100, 400), (64, 64)])
 def test_cells_lie_where_the_tower_looks(size):
-    "The first and the last cell of the seen part, found again by what the processor leaves of a picture of coordinates"
+    "Cells of the seen part, found again in what is left of a picture of coordinates"
     from transformers import CLIPImageProcessor
 
     processor = CLIPImageProcessor(
@@ -344,36 +468,7 @@ def test_crops():
 
 @pytest.fixture(scope='module')
 def detr(tmp_path_factory):
-    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
-
-    folder = tmp_path_factory.mktemp('detr')
-    torch.manual_seed(1)
-    backbone = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16],
-        depths=[1, 1],
-        layer_type='basic',
-        out_features=['stage2'],
-    )
-    DetrForObjectDetection(
-        DetrConfig(
-            use_timm_backbone=False,
-            use_pretrained_backbone=False,
-            backbone=None,
-            backbone_config=backbone,
-            num_queries=5,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=16,
-            decoder_ffn_dim=16,
-            num_labels=3,
-        )
-    ).save_pretrained(folder)
-    DetrImageProcessor(size=dict(shortest_edge=48, longest_edge=64)).save_pretrained(folder)
-    return folder
+    return make_random_detector(tmp_path_factory.mktemp('detr'), 5, seed=1)
 
 
 @pytest.fixture(scope='module')
@@ -382,12 +477,13 @@ def scenes(tmp_path_factory):
 
 
 def test_top_boxes():
-    three = lambda photo: np.array([[0.1, 0.1, 0.2, 0.2], [-0.5, 0, 1.5, 1], [0, 0, 0.3, 0.3]])
-    assert (
-        top_boxes(three, None, 2).tolist() == [[0, 0, 1, 1], [0.1, 0.1, 0.2, 0.2], [0, 0, 1, 1]]
-        and top_boxes(three, None, 5)[4:].tolist() == [[0, 0, 1, 1]] * 2
-    )
-    assert top_boxes(lambda photo: np.zeros((0, 4)), None, 1).tolist() == [[0, 0, 1, 1]] * 2
+    def three(photo):
+        return np.array([[0.1, 0.1, 0.2, 0.2], [-0.5, 0, 1.5, 1], [0, 0, 0.3, 0.3]])
+
+    whole = [0, 0, 1, 1]
+    assert top_boxes(three, None, 2).tolist() == [whole, [0.1, 0.1, 0.2, 0.2], whole]
+    assert top_boxes(three, None, 5)[4:].tolist() == [whole] * 2
+    assert top_boxes(lambda photo: np.zeros((0, 4)), None, 1).tolist() == [whole] * 2
 
 
 def test_boxes_of_a_detector_all_the_way(detr, scenes, tmp_path):
@@ -426,68 +522,55 @@ def test_detectors_that_are_not_there(tmp_path):
     for name in tmp_path, 'no/such':
         with pytest.raises(ClipcapError, match='detector'):
             Detector(name)
-    try:
-        import torchvision
-    except ImportError:
-        with pytest.raises(ClipcapError, match='torchvision is not installed'):
-            TorchvisionDetector()
     with pytest.raises(ClipcapError, match='pooled'):
         RegionTower(open_regions('tiny', device='cpu'), None)
 
 
+def test_torchvision(monkeypatch):
+    "What is not installed is named; where it is, weights are read as weights and nothing else"
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    with pytest.raises(ClipcapError, match='torchvision is not installed: pip install torchvision'):
+        TorchvisionDetector()
+    asked = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, photos):
+            return [dict(boxes=torch.tensor([[4.0, 8, 20, 16]]))]
+
+    def get_model(name, **options):
+        asked.append((name, options, os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD')))
+        return Model(1, 1)
+
+    models = types.ModuleType('torchvision.models')
+    models.detection = types.SimpleNamespace(fasterrcnn_resnet50_fpn=None)
+    models.get_model = get_model
+    monkeypatch.setitem(sys.modules, 'torchvision', types.ModuleType('torchvision'))
+    monkeypatch.setitem(sys.modules, 'torchvision.models', models)
+    detector = open_detector('fasterrcnn_resnet50_fpn', 'cpu')
+    assert asked == [('fasterrcnn_resnet50_fpn', dict(weights='DEFAULT'), '1')]
+    assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
+    assert detector(Image.new('RGB', (40, 32))).tolist() == [[0.1, 0.25, 0.5, 0.5]]
+    with pytest.raises(ClipcapError, match='none of that name'):
+        open_detector('ssd_of_mine')
+
+
 # ---- phrases
 def test_word_regions_against_every_way():
+    def worth(way, agreement, beta):
+        return agreement[range(len(way)), list(way)].sum() + beta * (np.diff(way) == 0).sum()
+
     rng = np.random.default_rng(2)
     for _ in range(30):
         words, regions, beta = rng.integers(1, 5), rng.integers(1, 4), rng.choice([0, 0.4, 3])
         agreement = rng.normal(size=(words, regions))
-        worth = lambda way: (
-            agreement[range(words), list(way)].sum() + beta * (np.diff(way) == 0).sum()
-        )
-        assert worth(word_regions(agreement, beta)) == pytest.approx(
-            max(map(worth, itertools.product(range(regions), repeat=int(words))))
-        )
+        every_way = itertools.product(range(regions), repeat=int(words))
+        best = max(worth(way, agreement, beta) for way in every_way)
+        assert worth(word_regions(agreement, beta), agreement, beta) == pytest.approx(best)
 
 
 @pytest.fixture(scope='module')
 def clip(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp('clip')
-    torch.manual_seed(0)
-    words = Tokenizer(
-        models.WordLevel(
-            {w: n for n, w in enumerate(['?', '<end>', '<start>', 'a', 'red', 'ball', 'star'])},
-            unk_token='?',
-        )
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single='<start> $A <end>', special_tokens=[('<start>', 2), ('<end>', 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token='<start>', eos_token='<end>', pad_token='<end>'
-    ).save_pretrained(folder)
-    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    CLIPModel(
-        CLIPConfig(
-            text_config=tiny
-            | dict(
-                vocab_size=7,
-                max_position_embeddings=8,
-                eos_token_id=1,
-                bos_token_id=2,
-                pad_token_id=1,
-            ),
-            vision_config=tiny | dict(image_size=32, patch_size=8),
-            projection_dim=12,
-        )
-    ).save_pretrained(folder)
-    CLIPImageProcessor(
-        size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)
-    ).save_pretrained(folder)
-    return folder
+    return make_random_clip(tmp_path_factory.mktemp('clip'), ['a red ball', 'a red star'])
 
 
 def test_clip_through_the_same_score(clip, scenes):
@@ -496,7 +579,7 @@ def test_clip_through_the_same_score(clip, scenes):
     regions, (words, vectors) = aligner.regions(photos, 2), aligner.words('a red ball')
     assert (
         words == ['a', 'red', 'ball']
-        and regions.shape == (5, 17, 12)
+        and regions.shape == (5, 17, 16)
         and torch.allclose(regions[3:4], aligner.regions(photos[3:4]), atol=1e-5)
     )
     assert np.allclose(
@@ -517,93 +600,90 @@ def test_clip_through_the_same_score(clip, scenes):
     assert (
         list(aligned.word) == words and draw_alignment(photos[0], aligned, width=100).width == 100
     )
-    assert aligner.words('a red ball a red ball a red ball a red')[1].shape == (
-        6,
-        12,
-    )  # eight places, two of them start and end
+    long = ' '.join(['a red ball'] * 9)  # 24 places, two of them start and end
+    assert aligner.words(long)[1].shape == (22, 16)
     with pytest.raises(ClipcapError, match='no word'):
         aligner.words('')
 
 
+def test_words_that_were_never_learned_are_named(scenes):
+    tower = open_regions('tiny', cells=4, device='cpu')
+    aligner = PhotoAligner.__new__(PhotoAligner)
+    aligner.tower = tower
+    aligner.aligner = Aligner(['', '?', 'a', 'ball'], tower.dim, True, small).eval()
+    photos = sorted((scenes / 'images').iterdir())[:3]
+    for nothing in '', '...', 'zyx', 'zyx xyz':
+        with pytest.raises(ClipcapError, match='no word that this model has learned'):
+            find_phrase(aligner, nothing, photos)
+    with pytest.warns(UserWarning, match='never learned.*: red'):
+        assert len(find_phrase(aligner, 'a red ball', photos)) == 3
+    with pytest.raises(ClipcapError, match='as many of each'):
+        find_phrase(aligner, 'a ball', photos[:2], aligner.regions(photos))
+
+
 # ---- commands
+LEARN = ['--epochs', 2, '--batch-size', 8, '--cells', 4, '--device', 'cpu']
+
+
+def with_a_broken_photo(scenes, folder):
+    "A copy of a data set, one of its photos broken"
+    shutil.copytree(scenes, folder)
+    broken = sorted((folder / 'images').iterdir())[5]
+    broken.write_bytes(broken.read_bytes()[:200])
+    return broken
+
+
+def test_one_broken_photo_ends_neither_align_nor_search(scenes, clip, tmp_path):
+    broken = with_a_broken_photo(scenes, tmp_path / 'data')
+    run = tmp_path / 'run'
+    shown, named = clipcap('align', tmp_path / 'data', '-o', run, *LEARN, code=1)
+    assert 'epoch 2: loss' in shown and any(broken.name in line for line in named)
+    assert (run / 'best' / 'model.safetensors').exists()
+    for model in run, clip:
+        search = ['search', 'a red ball', tmp_path / 'data', '-m', model, '-n', 30]
+        shown, named = clipcap(*search, '--device', 'cpu', code=1)
+        assert len(shown.splitlines()) == 23 and broken.name not in shown
+        assert any(broken.name in line for line in named)
+
+
+def test_older_names_of_options(scenes, tmp_path):
+    run = tmp_path / 'run'
+    clipcap('align', '--data', scenes, '--model-out', run, *LEARN)
+    clipcap('align', f'--data={scenes}', f'--model-out={run}', *LEARN)
+    old = ['--model', run, '--top', 2, '--sheet', tmp_path / 'found.png', '--device', 'cpu']
+    shown, _ = clipcap('search', 'a red ball', scenes, *old)
+    assert len(shown.splitlines()) == 2 and (tmp_path / 'found.png').exists()
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_work(scenes, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert 'cannot be written' in complaint('align', scenes, '-o', tmp_path / 'file', *LEARN)
+    refused = complaint('search', 'a', scenes, '-m', 'none', '-o', tmp_path / 'file' / 'x.png')
+    assert str(tmp_path / 'file') in refused
+
+
 def test_commands(scenes, clip, tmp_path):
-    learn = [
-        'align',
-        '--data',
-        scenes,
-        '--model-out',
-        tmp_path / 'run',
-        '--epochs',
-        2,
-        '--batch-size',
-        8,
-        '--cells',
-        4,
-        '--device',
-        'cpu',
-    ]
-    said, _ = clipcap(*learn)
-    assert 'epoch 2: loss' in said and 'median rank' in said and 'clipcap search' in said
-    again, _ = clipcap(*learn)
-    assert (
-        again.splitlines()[-4:] == said.splitlines()[-4:] and 'epoch 2: loss' not in again
-    )  # nothing left to learn
-    assert 'other settings' in complaint(*learn, '--rate', 0.1)
-    said, _ = clipcap(
-        'search',
-        'a red ball',
-        scenes,
-        '--model',
-        tmp_path / 'run',
-        '--top',
-        3,
-        '--sheet',
-        tmp_path / 'found.png',
-        '--store',
-        tmp_path / 'run' / 'features',
-        '--device',
-        'cpu',
-    )
-    lines = [line.split('\t') for line in said.splitlines()]
-    assert (
-        len(lines) == 3
-        and all(Path(photo).is_file() and len(box.split(',')) == 4 for photo, _, box in lines)
-        and [float(s) for _, s, _ in lines] == sorted((float(s) for _, s, _ in lines), reverse=True)
-    )
-    assert Image.open(tmp_path / 'found.png').width > 900
-    assert (
-        len(
-            clipcap(
-                'search',
-                'a star',
-                scenes / 'images',
-                '--model',
-                clip,
-                '--top',
-                2,
-                '--device',
-                'cpu',
-            )[0].splitlines()
-        )
-        == 2
-    )
+    learn = ['align', scenes, '--output', tmp_path / 'run', *LEARN]
+    shown, _ = clipcap(*learn)
+    assert 'epoch 2: loss' in shown and 'median rank' in shown and 'clipcap search' in shown
+    again, _ = clipcap(*learn)  # nothing left to learn
+    assert again.splitlines()[-4:] == shown.splitlines()[-4:] and 'epoch 2: loss' not in again
+    assert 'otherwise' in complaint(*learn, '--rate', 0.1)
+    clipcap(*learn, '--rate', 'inf', code=2)
+
+    search = ['search', 'a red ball', scenes, '--model', tmp_path / 'run', '--device', 'cpu']
+    sheet, store = tmp_path / 'found.png', tmp_path / 'run' / 'features'
+    shown, _ = clipcap(*search, '-n', 3, '--output', sheet, '--store', store)
+    lines = [line.split('\t') for line in shown.splitlines()]
+    scores = [float(score) for _, score, _ in lines]
+    assert len(lines) == 3 and scores == sorted(scores, reverse=True)
+    for photo, _, box in lines:
+        assert Path(photo).is_file() and len(box.split(',')) == 4
+    assert Image.open(sheet).width > 900
+    by_clip = ['search', 'a star', scenes / 'images', '--model', clip, '-n', 2, '--device', 'cpu']
+    assert len(clipcap(*by_clip)[0].splitlines()) == 2
     assert 'no-model' in complaint('search', 'a', scenes, '--model', tmp_path / 'no-model')
-    assert 'no captions file' in complaint(
-        'align', '--data', tmp_path, '--model-out', tmp_path / 'x'
-    )
-    assert (
-        'torchvision'
-        in complaint(
-            'align',
-            '--data',
-            scenes,
-            '--model-out',
-            tmp_path / 'x',
-            '--detector',
-            'fasterrcnn_resnet50_fpn',
-        )
-        or 'torchvision' in sys.modules
-    )
+    assert 'no captions file' in complaint('align', tmp_path, '-o', tmp_path / 'x')
 
 
 def test_a_broken_photo_is_left_out(scenes, tmp_path):

@@ -154,7 +154,7 @@ def test_a_photo_that_cannot_be_read_is_left_out_where_that_is_wanted(clip, phot
     assert np.allclose(rest, alone, atol=1e-5)
     with pytest.raises(ClipcapError, match='broken.png'):
         clip_metrics(towers, some, [[text] for text in texts], texts)
-    with pytest.raises(ClipcapError, match='none of 1 photos'):
+    with pytest.raises(ClipcapError, match="none of 1 photos"):
         clip_metrics(towers, some[1:2], [['a']], ['a'], skipped={})
 
 

@@ -42,7 +42,7 @@ from clipcap.methods.regions import (
     reopen_regions,
     seen_part,
 )
-from .retrieval import TwoTowers, pixel_batches
+from .retrieval import TwoTowers, readable_pixels
 
 # %% ../../nbs/methods/06_phrases.ipynb #ph-006
 def word_regions(
@@ -119,11 +119,7 @@ class PhotoAligner:
         skipped: dict = None,  # gets index -> reason of photos that cannot be read; None: raise
     ) -> torch.Tensor:  # (photos, whole + regions, space)
         "The vectors of photos' regions"
-
-        def read(photo):
-            return self.tower.preprocess([open_image(photo)])[0]
-
-        batches = pixel_batches(photos, read, batch_size, skipped)
+        batches = readable_pixels(photos, self.tower.preprocess, batch_size, skipped)
         return torch.cat([self.aligner.see(self.tower(pixels)).cpu() for pixels in batches])
 
     @torch.inference_mode()
@@ -277,7 +273,7 @@ class ClipAligner:
     ) -> torch.Tensor:  # (photos, whole + patches, dim), length 1
         "The vectors of photos' patches"
         vision, found = self.model.vision_model, []
-        for pixels in pixel_batches(photos, self.towers.read, batch_size, skipped):
+        for pixels in readable_pixels(photos, self.towers.preprocess, batch_size, skipped):
             seen = vision(pixel_values=pixels.to(self.model.device)).last_hidden_state
             seen = self.model.visual_projection(vision.post_layernorm(seen))
             found.append(F.normalize(seen, dim=-1).cpu())
