@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from ..base.files import ClipcapError, lock, one_line, write_json
+from .align import renaming
 from clipcap.cli.base import (
     MEASURE,
     BatchSize,
@@ -41,25 +41,11 @@ def _spread_beams(args):
     return spread
 
 
-def _renamed(args):
-    "--data DATA as the argument DATA, --clip as --clip-model"
-    args = list(args)
-    for place, arg in enumerate(args):
-        name, equals, value = arg.partition('=')
-        if name == '--clip':
-            args[place] = '--clip-model' + equals + value
-        elif name == '--data' and equals:
-            return [value, *_renamed(args[:place] + args[place + 1 :])]
-        elif name == '--data' and place + 1 < len(args):
-            return [args[place + 1], *_renamed(args[:place] + args[place + 2 :])]
-    return args
-
-
-class EvaluateCommand(TyperCommand):
+class EvaluateCommand(renaming({'--data': '', '--clip': '--clip-model'})):
     "A command whose --beams takes any number of values, and that knows older names of options"
 
     def parse_args(self, ctx, args):
-        return super().parse_args(ctx, _spread_beams(_renamed(args)))
+        return super().parse_args(ctx, _spread_beams(args))
 
 # %% ../../nbs/cli/06_evaluate.ipynb #16-008
 Data = Annotated[
