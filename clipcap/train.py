@@ -58,7 +58,7 @@ class TokenisedCaptions:
         ids, mask = pad(captions, self.fill)
         rows, photo_index = np.unique(self.rows[indices], return_inverse=True)
         features = np.zeros((1, 1, 1)) if self.store is None else self.store[rows]
-        # copied to where torch aligns it: sums over memory that lies otherwise differ in last digits
+        # copied to where torch aligns it: sums over other places differ in their last digits
         features = torch.tensor(np.asarray(features), dtype=torch.float32)
         return features, ids, mask, torch.as_tensor(photo_index)  # each photo is read once
 

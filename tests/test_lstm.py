@@ -11,6 +11,7 @@ import torch
 from conftest import clipcap, complaint, root
 
 from clipcap.base.captions import read_captions
+from clipcap.base.config import NEW_LANGUAGES
 from clipcap.base.files import ClipcapError
 from clipcap.base.scenes import draw_dataset
 from clipcap.embed import VisionTower
@@ -26,8 +27,8 @@ from clipcap.methods.lstm import (
     split_words,
     word_tokenizer,
 )
-from clipcap.model import CaptionModel, MapperConfig, encode, pad, token_logits
-from clipcap.tools.recipe import NEW, new_language
+from clipcap.model import CaptionModel, MapperConfig, encode, token_logits
+from clipcap.tools.recipe import new_language
 
 words = word_tokenizer(Vocabulary(tuple('abcdefgh')))
 both = pytest.mark.parametrize('every', [False, True], ids=['photo first', 'photo at every step'])
@@ -327,7 +328,7 @@ def test_influence_and_temperature_known_answers():
 
 # ---- with the rest of the project
 def test_new_languages():
-    for kind in NEW:
+    for kind in NEW_LANGUAGES:
         language, tokenizer = new_language(kind, ['a red ball', 'a blue kite'])
         assert language.config.vocab_size == len(tokenizer) and tokenizer.eos_token_id is not None
     assert len(new_language('new-lstm', ['a b'] * 6000 + ['a c'] * 4)[1]) == 6  # c is too rare

@@ -1,8 +1,9 @@
-"Training: killed runs, parts of a batch, several processes, half precision, and what a run leaves behind"
+"Training: killed runs, parts of a batch, several processes, half precision, what is reported"
 
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import time
 
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from clipcap.base.files import ClipcapError
-from clipcap.methods.self_critical import CiderReward, RewardConfig, blend, self_critical
+import clipcap.base.loop
+from clipcap.base.files import ClipcapError, lock
+from clipcap.base.loop import data_fingerprint, run_training
 from clipcap.model import CaptionModel, MapperConfig, add_lora
-from clipcap.train import TrainConfig, train
+from clipcap.train import TokenisedCaptions, TrainConfig, train, validation_loss
 
 words = ['<|endoftext|>', *'abcdefghij']
 spell = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
@@ -130,36 +132,79 @@ def long_run(folder):
     )
 
 
+def slow_run(folder):
+    "The long run, a little slower, so that it can be killed anywhere"
+    forward = CaptionModel.forward
+
+    def slow(self, *arguments):
+        time.sleep(0.01)
+        return forward(self, *arguments)
+
+    CaptionModel.forward = slow
+    long_run(folder)
+
+
+def same_run(one, other):
+    "Are weights, the optimiser's memory and the history of two runs the same, to the last digit?"
+    whole, resumed = weights(one), weights(other)
+    assert whole.keys() == resumed.keys()
+    for name, t in whole.items():
+        assert t.equal(resumed[name]), name
+    losses = [
+        pd.read_csv(folder / 'history.csv').drop(columns='captions_per_second')
+        for folder in (one, other)
+    ]
+    assert losses[0].equals(losses[1]) and len(losses[0]) == 3
+
+
 def test_sigkill_and_resume(unbroken, tmp_path):
-    kills, checkpoint = 0, tmp_path / 'run' / 'last.safetensors'
-    for after in (1, 4):  # once early, once a few checkpoints later
-        run, seen = start(long_run, tmp_path / 'run'), set()
+    folder, rng = tmp_path / 'run', np.random.default_rng(7)
+    checkpoint = folder / 'last.safetensors'
+    kills = 0
+    for after in (0, 1, 3):  # before the first checkpoint, and a few later
+        run, seen = start(slow_run, folder), set()
         while run.is_alive() and len(seen) < after:
             if checkpoint.exists():
                 seen.add(checkpoint.stat().st_mtime_ns)
-            time.sleep(0.005)
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.1)))
         kills += run.is_alive()
         run.kill()
         run.join()
     assert kills, 'the run ended before it could be killed'
-    (
-        tmp_path / 'run' / '.best.left'
-    ).mkdir()  # as a kill leaves it while the best model is being written
+    long_run(folder)
+    same_run(unbroken, folder)
+    names = ['best', 'history.csv', 'history.png', 'last.safetensors', 'settings.json']
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert not list(tmp_path.glob('.*'))  # neither locks nor halves of folders
+
+
+@pytest.mark.parametrize('place', ['save_checkpoint', 'keep', 'history'])
+def test_killed_while_an_epoch_is_closed(unbroken, tmp_path, monkeypatch, place):
+    "At any moment between the last step of an epoch and its checkpoint"
+
+    class Killed(BaseException):
+        pass
+
+    calls = iter(range(100))
+
+    def fail(*arguments, **named):
+        if next(calls) == 1:
+            raise Killed
+        return real(*arguments, **named)
+
+    if place == 'keep':
+        real = CaptionModel.save_pretrained
+        monkeypatch.setattr(CaptionModel, 'save_pretrained', fail)
+    else:
+        name = {'save_checkpoint': 'save_checkpoint', 'history': 'write_file'}[place]
+        real = getattr(clipcap.base.loop, name)
+        monkeypatch.setattr(clipcap.base.loop, name, fail)
+    with pytest.raises(Killed):
+        long_run(tmp_path / 'run')
+    monkeypatch.undo()
     long_run(tmp_path / 'run')
-    whole, resumed = weights(unbroken), weights(tmp_path / 'run')
-    assert whole.keys() == resumed.keys() and all(whole[k].equal(resumed[k]) for k in whole)
-    losses = [
-        pd.read_csv(folder / 'history.csv').drop(columns='captions_per_second')
-        for folder in (unbroken, tmp_path / 'run')
-    ]
-    assert losses[0].equals(losses[1]) and len(losses[0]) == 3
-    assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == [
-        'best',
-        'history.csv',
-        'history.png',
-        'last.safetensors',
-        'settings.json',
-    ]
+    same_run(unbroken, tmp_path / 'run')
 
 
 def test_resume_is_refused_with_other_settings(tmp_path):
@@ -167,20 +212,208 @@ def test_resume_is_refused_with_other_settings(tmp_path):
     for other in dict(batch_size=16), dict(rate=1e-4), dict(accumulate=2):
         with pytest.raises(ClipcapError, match=next(iter(other))):
             learn(tmp_path, **other)
-    settings = json.loads((tmp_path / 'settings.json').read_text())
-    for new in 'accumulate', 'language_rate', 'patience', 'processes':
-        del settings[new]  # a run that an earlier version began
-    (tmp_path / 'settings.json').write_text(json.dumps(settings))
-    assert len(learn(tmp_path)) == 1
+    assert len(learn(tmp_path, save_every=3)) == 1  # changes nothing in what is learned
+
+
+def test_resume_is_refused_with_other_data(tmp_path):
+    def run(table, store):
+        config = TrainConfig(epochs=1, batch_size=32)
+        return train(fresh(), table, store, config, tmp_path, progress=False)
+
+    some = table[:600]
+    run(some, Store())
+    for other in (
+        some.assign(caption=some.caption.iloc[::-1].tolist()),  # as many, and others
+        some.assign(split=some.split.replace('val', 'test')),
+        some[5:],
+    ):
+        with pytest.raises(ClipcapError, match='captions'):
+            run(other, Store())
+    other = Store()
+    other.features = Store.features + np.float16(1)
+    with pytest.raises(ClipcapError, match='features_hash'):
+        run(some, other)
+    assert len(run(some, Store())) == 1
+    assert data_fingerprint(some) == data_fingerprint(some.reset_index(drop=True))
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with lock(tmp_path / 'run'):
+        other = start(learn, tmp_path / 'run')
+        other.join(300)
+        assert other.exitcode == 1 and not (tmp_path / 'run').exists()
+
+
+def test_a_deleted_best_is_made_again_or_said(tmp_path):
+    learn(tmp_path, epochs=2, batch_size=64)
+    before = load_file(tmp_path / 'best' / 'model.safetensors')
+    shutil.rmtree(tmp_path / 'best')
+    model = fresh()
+    history = learn(tmp_path, model, epochs=2, batch_size=64)
+    if history.val_loss.idxmin() == 1:
+        again = load_file(tmp_path / 'best' / 'model.safetensors')
+        assert all(t.equal(again[name]) for name, t in before.items())
+    scores = iter([0.9, 0.1])
+    config = TrainConfig(epochs=2, batch_size=64)
+
+    def scored():
+        return train(
+            fresh(),
+            table[:600],
+            Store(),
+            config,
+            tmp_path / 'scored',
+            progress=False,
+            score=lambda model: next(scores),
+        )
+
+    scored()
+    shutil.rmtree(tmp_path / 'scored' / 'best')
+    with pytest.raises(ClipcapError, match='best/ is gone'):
+        scored()
+
+
+def test_files_have_the_rights_that_umask_gives(tmp_path):
+    learn(tmp_path / 'run')
+    (tmp_path / 'other').write_text('')
+    mode = (tmp_path / 'other').stat().st_mode
+    for file in (tmp_path / 'run').rglob('*'):
+        assert file.is_dir() or file.stat().st_mode == mode, file
+
+
+# ---- what is reported
+def test_the_training_loss_is_the_mean_over_the_epochs_tokens(tmp_path):
+    "With a rate of nearly nothing: that of the model as it was"
+    model = fresh()
+    history = learn(tmp_path, model, rate=1e-12, weight_decay=0.0)
+    captions = TokenisedCaptions(table[:600].query('split == "train"'), Store(), tokenizer)
+    assert history.train_loss.item() == pytest.approx(validation_loss(fresh_as(model), captions))
+
+
+def fresh_as(model):
+    "A fresh model that standardises as another one does"
+    other = fresh()
+    other.mapper.mean.copy_(model.mapper.mean)
+    other.mapper.std.copy_(model.mapper.std)
+    return other
+
+
+def test_without_a_validation_split_there_is_no_validation_loss(tmp_path):
+    with pytest.warns(UserWarning, match='no validation loss'):
+        history = train(
+            fresh(),
+            table[:300].assign(split='train'),
+            Store(),
+            TrainConfig(epochs=2, batch_size=64),
+            tmp_path,
+            progress=False,
+        )
+    assert 'val_loss' not in history and len(history) == 2
+    kept = CaptionModel.from_pretrained(tmp_path / 'best').mapper.state_dict()
+    last = {name: t for name, t in weights(tmp_path).items() if name.startswith('model.mapper.')}
+    for name, t in last.items():
+        assert t.equal(kept[name.removeprefix('model.mapper.')])  # the last epoch's
+
+
+# ---- what is no number
+class Broken(CaptionModel):
+    "A caption model whose loss is no number from some call on"
+
+    left = 0
+
+    def forward(self, *arguments):
+        self.left -= 1
+        loss = super().forward(*arguments)
+        return loss * float('nan') if self.left < 0 else loss
+
+
+@pytest.mark.parametrize('calls', [0, 5, 17])
+def test_nan_ends_the_run_in_one_line(tmp_path, calls):
+    "At the first step, at a later one (14 an epoch), and in the validation"
+    model = fresh()
+    model.__class__ = Broken
+    model.left = calls
+    with pytest.raises(ClipcapError, match=r'nan (at step|after epoch)') as fault:
+        learn(tmp_path, model, epochs=2)
+    assert len(str(fault.value).splitlines()) == 1
+    assert not (tmp_path / 'best').exists()
+
+
+def test_a_score_that_is_nan_is_never_the_best(tmp_path):
+    with pytest.raises(ClipcapError, match='score is nan after epoch 1'):
+        train(
+            fresh(),
+            table[:600],
+            Store(),
+            TrainConfig(epochs=2),
+            tmp_path,
+            progress=False,
+            score=lambda model: float('nan'),
+        )
+    assert not (tmp_path / 'best').exists()
+
+
+def test_features_that_are_no_numbers(tmp_path):
+    store = Store()
+    store.features = Store.features.copy()
+    store.features[3] = np.nan
+    with pytest.raises(ClipcapError, match='not finite'):
+        train(fresh(), table[:600], store, TrainConfig(epochs=1), tmp_path, progress=False)
+
+
+def test_one_photo_can_be_learned_by_heart(tmp_path):
+    one = table[table.image == '1'].assign(split='train')
+    config = TrainConfig(epochs=30, batch_size=8, rate=1e-2)
+    with pytest.warns(UserWarning, match='validation'):
+        history = train(fresh(), one, Store(), config, tmp_path, progress=False)
+    assert np.isfinite(history.train_loss).all()
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+
+
+def test_a_gradient_that_is_not_finite(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    model = torch.nn.Module()
+    model.weight = weight
+    with pytest.raises(ClipcapError, match='gradient is not finite at step 1 of 1'):
+        run_training(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda epoch: [np.arange(4)],
+            lambda part, run: run.model.weight.abs().sqrt().sum(),
+            TrainConfig(),
+            tmp_path,
+            progress=False,
+        )
+    assert weight.item() == 0
+
+
+def test_clip_0_clips_nothing(tmp_path):
+    def moved(**config):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        run_training(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            lambda epoch: [np.arange(4)],
+            lambda part, run: 100 * run.model(torch.ones(1, 1)).sum(),
+            TrainConfig(warmup=0.0, rate=1.0, **config),
+            tmp_path / str(config),
+            progress=False,
+        )
+        return -model.weight.item()
+
+    assert moved(clip=1.0) == pytest.approx(1.0)
+    assert moved(clip=0.0) == pytest.approx(100.0)
 
 
 # ---- one step, in one piece and in many
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     learn(tmp_path / 'one', batch_size=32)
     learn(tmp_path / 'four', batch_size=8, accumulate=4)
-    assert same(weights(tmp_path / 'one'), weights(tmp_path / 'four'), 1e-4)
-    learn(tmp_path / 'other', batch_size=8)
-    assert not same(weights(tmp_path / 'one'), weights(tmp_path / 'other'), 1e-2)
+    one, four = (pd.read_csv(tmp_path / name / 'history.csv') for name in ('one', 'four'))
+    columns = ['train_loss', 'val_loss']
+    assert np.allclose(one[columns], four[columns], atol=1e-3)
+    assert same(weights(tmp_path / 'one'), weights(tmp_path / 'four'), 2e-3)
 
 
 def one_of_two(rank, port, folder, config):
@@ -210,10 +443,10 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
             process.join(900)
         assert [process.exitcode for process in pair] == [0, 0]
         assert json.loads((tmp_path / name / 'settings.json').read_text())['processes'] == 2
-        assert same(weights(tmp_path / 'one'), weights(tmp_path / name), 1e-4)
+        assert same(weights(tmp_path / 'one'), weights(tmp_path / name), 2e-3)
         together = pd.read_csv(tmp_path / name / 'history.csv')
         assert np.allclose(
-            alone[['train_loss', 'val_loss']], together[['train_loss', 'val_loss']], atol=1e-4
+            alone[['train_loss', 'val_loss']], together[['train_loss', 'val_loss']], atol=1e-3
         )
         CaptionModel.from_pretrained(tmp_path / name / 'best')
     with pytest.raises(ClipcapError, match='processes'):
@@ -231,13 +464,11 @@ def test_rates_of_mapper_and_language_model(tmp_path):
 def test_half_precision_trains_and_gives_the_model_back(tmp_path):
     model = fresh()
     history = learn(tmp_path, model, precision='bf16', epochs=2)
-    assert (
-        history.val_loss.is_monotonic_decreasing and next(model.parameters()).dtype == torch.float32
-    )
-    assert (
-        abs(learn(tmp_path / 'full', epochs=2).val_loss.iloc[-1] - history.val_loss.iloc[-1]) < 0.05
-    )
-    assert not hasattr(model, '_original_forward') and not model.training
+    assert history.val_loss.iloc[-1] < history.val_loss.iloc[0]
+    assert next(model.parameters()).dtype == torch.float32
+    full = learn(tmp_path / 'full', epochs=2)
+    assert abs(full.val_loss.iloc[-1] - history.val_loss.iloc[-1]) < 0.1
+    assert not model.training
     assert (
         model(
             torch.zeros(1, 1, 16), torch.zeros(1, 3, dtype=int), torch.ones(1, 3, dtype=int)
@@ -249,10 +480,10 @@ def test_half_precision_trains_and_gives_the_model_back(tmp_path):
 def test_lora_is_merged_when_saved_and_resumes(tmp_path):
     model = add_lora(fresh(), 4)
     frozen = model.language.get_base_model().transformer.wte.weight.clone()
-    learn(tmp_path, model, rate=1e-2, epochs=2)
+    learn(tmp_path, model, rate=1e-2)  # one epoch: the best is the last
     assert frozen.equal(model.language.get_base_model().transformer.wte.weight)
     assert all(
-        'lora' in k or 'mapper' in k or k.startswith(('optimizer', 'dice'))
+        'lora' in k or 'mapper' in k or k.startswith(('optimizer', 'random'))
         for k in weights(tmp_path)
     )
     saved = CaptionModel.from_pretrained(tmp_path / 'best')
@@ -262,7 +493,7 @@ def test_lora_is_merged_when_saved_and_resumes(tmp_path):
     batch = torch.randn(3, 1, 16), torch.randint(1, 11, (3, 5)), torch.ones(3, 5, dtype=int)
     torch.testing.assert_close(saved(*batch), model(*batch), atol=1e-4, rtol=1e-4)
     again = add_lora(fresh(), 4)
-    learn(tmp_path, again, rate=1e-2, epochs=2)  # finished: only the checkpoint is read
+    learn(tmp_path, again, rate=1e-2)  # finished: only the checkpoint is read
     torch.testing.assert_close(again(*batch), model(*batch))
 
 
@@ -284,59 +515,3 @@ def test_tensorboard(tmp_path):
     assert {'loss', 'rate', 'val_loss'} <= set(log.Tags()['scalars']) and len(
         log.Scalars('loss')
     ) == 9
-    assert not list(tmp_path.with_name('none').rglob('events*'))
-
-
-# ---- whole captions
-def test_rates_of_their_own_and_dropout_in_self_critical_steps():
-    model = fresh()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    self_critical(
-        model,
-        table[:600],
-        Store(),
-        RewardConfig(
-            steps=3, photos=4, samples=3, rate=0, language_rate=1e-2, dropout=0.5, max_length=6
-        ),
-        progress=False,
-    )
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert (
-        moved
-        and all(name.startswith('language.') for name in moved)
-        and model.mapper.dropout.p == model.config.dropout
-    )
-
-
-def test_self_critical_steps_go_on_where_they_were_killed(tmp_path, monkeypatch):
-    config = RewardConfig(steps=7, photos=8, samples=3, rate=1e-2, max_length=6, save_every=2)
-    praise = lambda model, checkpoint: self_critical(
-        model, table[:600], Store(), config, checkpoint, progress=False
-    )
-    unbroken, broken = fresh(0.3), fresh(0.3)
-    rewards = praise(unbroken, None)
-    real, calls = CiderReward.__call__, iter(range(10**6))
-
-    def killed(self, text, image):
-        if next(calls) == 8 * 3 * 5:
-            raise KeyboardInterrupt  # within the sixth step, one after the last checkpoint
-        return real(self, text, image)
-
-    monkeypatch.setattr(CiderReward, '__call__', killed)
-    with pytest.raises(KeyboardInterrupt):
-        praise(broken, tmp_path / 'run.safetensors')
-    monkeypatch.undo()
-    again = fresh(0.3)
-    assert praise(again, tmp_path / 'run.safetensors') == rewards and len(rewards) == 7
-    for name, w in unbroken.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], w, rtol=0, atol=0, msg=name)
-
-
-def test_a_blend_lies_between():
-    before, after = fresh(), fresh()
-    with torch.no_grad():
-        [p.add_(1) for p in after.parameters()]
-    for share in (0, 0.25, 1):
-        middle = blend(before, after, share)
-        for a, b in zip(before.parameters(), middle.parameters()):
-            torch.testing.assert_close(b, a + share)
