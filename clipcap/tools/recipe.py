@@ -32,9 +32,8 @@ from clipcap.base.files import (
     write_text,
 )
 from ..base.store import FeatureStore
-from ..base.words import ptb_tokenize
 from ..embed import VisionTower, check_finite, embed_images, hub_answers, quiet
-from ..evaluate import evaluate_captions
+from ..evaluate import evaluate_captions, metric_words
 from ..generate import GenerationOptions, generate_captions
 from ..image import find_model, load_tower
 from clipcap.methods.lstm import (
@@ -208,10 +207,7 @@ def wordless(
     captions: pd.Series,  # texts
 ) -> pd.Series:  # True where there is nothing to learn or to compare: signs alone
     "Which captions have no words"
-    suspects = ~captions.str.contains(r'[^\W_]', regex=True)
-    found = suspects.copy()
-    found[suspects] = [not words for words in ptb_tokenize(captions[suspects].tolist())]
-    return found
+    return ~captions.str.contains(r'[^\W_]', regex=True)  # neither a letter nor a digit
 
 
 def cider_score(
@@ -225,8 +221,10 @@ def cider_score(
     names = sorted(held_out.image.unique())
     names = np.random.default_rng(0).permutation(names)[:photos]
     held_out = held_out[held_out.image.isin(names)]
-    words = np.array([bool(words) for words in ptb_tokenize(held_out.caption.tolist())], dtype=bool)
-    references = held_out[words].groupby('image').caption.apply(list).to_dict()
+    counted = [bool(words) for words in metric_words(held_out.caption)]
+    references = (
+        held_out[np.array(counted, dtype=bool)].groupby('image').caption.apply(list).to_dict()
+    )
     if len(references) < 20:
         return None
     features = store[store.rows(list(references))]
