@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['pair_scores', 'ranking_loss', 'words_of', 'make_vocabulary', 'reverse_words', 'WordReader', 'Aligner',
-           'photo_batches', 'score_table', 'alignment_recall', 'save_aligner', 'load_aligner', 'feature_spread',
-           'train_aligner']
+           'photo_batches', 'score_table', 'alignment_recall', 'save_aligner', 'load_aligner', 'train_aligner']
 
 # %% ../../nbs/methods/05_alignment.ipynb #al-003
 from collections import Counter
@@ -25,6 +24,7 @@ from ..base.loop import data_fingerprint, items_per_step, run_training
 from ..base.words import split_words
 from ..embed import check_finite
 from .retrieval import reason_of, recall_table
+from ..train import feature_spread
 
 # %% ../../nbs/methods/05_alignment.ipynb #al-006
 def pair_scores(
@@ -282,13 +282,6 @@ def load_aligner(
         ) from error
 
 # %% ../../nbs/methods/05_alignment.ipynb #al-034
-def feature_spread(store, rows, most=2000):
-    some = np.sort(np.random.default_rng(0).permutation(np.unique(rows))[:most])
-    features = torch.as_tensor(np.asarray(store[some], dtype=np.float32)).flatten(0, 1)
-    mean, spread = features.mean(0), features.std(0, correction=0)
-    return mean, torch.where(spread > 1e-6, spread.clamp_min(1e-3), 1.0)
-
-
 def train_aligner(
     aligner: Aligner,  # is trained in place, by its own `config`
     table: pd.DataFrame,  # image, caption, split ('train' is learned, 'val' is scored)
