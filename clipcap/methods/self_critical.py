@@ -211,7 +211,7 @@ def reward_loss(
     prefix = model.mapper(features)
     ids, mask = sample_tokens(model, prefix.detach(), config.samples, config.max_length)
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    ended = (ids == model.tokenizer.eos_token_id).any(1).tolist()
+    ended = ((ids == model.tokenizer.eos_token_id) & (mask == 1)).any(1).tolist()
     of_captions = np.repeat(images, config.samples)
     rewards = torch.tensor(reward.score(texts, of_captions, ended), device=ids.device)
     rewards = rewards.view(-1, config.samples)
