@@ -20,7 +20,7 @@ from clipcap.embed import embed_images
 from clipcap.evaluate import compare, evaluate_captions, measure_variety
 from clipcap.generate import GenerationOptions, generate_captions
 from clipcap.image import find_model, load_tower
-from clipcap.methods.image_lstm import ensemble
+from clipcap.methods.lstm import ensemble
 from clipcap.model import CaptionModel
 from clipcap.tools.recipe import read_recipe, train_recipe
 

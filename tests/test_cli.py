@@ -42,7 +42,9 @@ def scenes(tmp_path_factory):
 def photos(tmp_path_factory, scenes):
     "Three good photos in a folder, not made in the order of their names"
     folder = tmp_path_factory.mktemp('photos')
-    for name, scene in zip(('b.jpg', 'c.png', 'a.jpg'), list_images(scenes / 'images'), strict=False):
+    for name, scene in zip(
+        ('b.jpg', 'c.png', 'a.jpg'), list_images(scenes / 'images'), strict=False
+    ):
         Image.open(scene).save(folder / name)
     (folder / 'notes.txt').write_text('not captioned')
     return folder
