@@ -384,7 +384,7 @@ def ensemble(
     check_output(output)
     from clipcap.base.files import ClipcapError
     from clipcap.image import find_model, load_tower
-    from clipcap.methods.image_lstm import ensemble as join
+    from clipcap.methods.lstm import ensemble as join
     from clipcap.model import CaptionModel
 
     folders = [find_model(name) for name in models]

@@ -38,13 +38,12 @@ from ..generate import GenerationOptions, generate_captions
 from ..image import find_model, load_tower
 from clipcap.methods.lstm import (
     Vocabulary,
-    caption_board,
     make_lstm,
-    word_board,
     word_tokenizer,
 )
 from ..methods.self_critical import RewardConfig, blend, self_critical
 from ..model import CaptionModel, MapperConfig, add_lora
+from .board import caption_board, word_board
 from .tiny import make_language, make_tokenizer, plain_captions
 from ..train import train
 
