@@ -6,62 +6,65 @@
 __all__ = ['hide_parts', 'score_words', 'Explanation', 'explain_caption', 'overlay', 'draw_explanation']
 
 # %% ../nbs/08_explain.ipynb #wc-e02
-import re
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 import torch
 from PIL import Image
 
 from .base.photos import open_image
 from .base.pictures import contact_sheet
+from .base.words import WORD, is_unspaced
 from .image import in_batches
 from .model import encode, pad, token_logits
 
 # %% ../nbs/08_explain.ipynb #wc-e09
 def hide_parts(
     photo: Image.Image,  # RGB
-    grid: int = 7,  # cells a side
+    grid: int = 7,  # cells along each side
 ):  # yields a copy of the photo with a part hidden, and which cells that are: (grid, grid), bool
     "A photo with one part after the other hidden"
-    colour = tuple(
-        np.asarray(photo.resize((32, 32), Image.Resampling.BOX))
-        .mean((0, 1))
-        .round()
-        .astype(int)
-        .tolist()
-    )
+    small = photo.resize((32, 32), Image.Resampling.BOX)
+    colour = tuple(np.asarray(small).mean((0, 1)).round().astype(int).tolist())
     x, y = (np.linspace(0, side, grid + 1).round().astype(int).tolist() for side in photo.size)
     for row, column in np.ndindex(grid - 1, grid - 1):
-        hidden, cells = photo.copy(), np.zeros((grid, grid), bool)
+        hidden = photo.copy()
         hidden.paste(colour, (x[column], y[row], x[column + 2], y[row + 2]))
+        cells = np.zeros((grid, grid), bool)
         cells[row : row + 2, column : column + 2] = True
         yield hidden, cells
 
 # %% ../nbs/08_explain.ipynb #wc-e12
+def _word_spans(caption):
+    # where the words of a caption begin and end; a comma belongs to the word before it
+    pattern = WORD if is_unspaced(caption) else r'\S+'
+    return [found.span() for found in regex.finditer(pattern, caption)]
+
+
 @torch.inference_mode()
 def score_words(
     model,  # a `CaptionModel` in eval mode, its tokenizer a fast one
-    features,  # (photos, cells, feature_dim)
+    features,  # (photos, cells, feature size)
     caption: str,
 ) -> tuple[list[str], np.ndarray]:  # its words; their log-probabilities (photos, words), in nats
     "How likely each word of a caption is, for several photos"
-    like, spans = model.mapper.mean, [found.span() for found in re.finditer(r'\S+', caption)]
-    ids, mask = (
-        t.to(like.device).expand(len(features), -1)
-        for t in pad(encode(model.tokenizer, [caption], 100), model.tokenizer.eos_token_id)
-    )
+    spans = _word_spans(caption)
+    like = model.mapper.mean
+    padded = pad(encode(model.tokenizer, [caption], 100), model.tokenizer.eos_token_id)
+    ids, mask = (tensor.to(like.device).expand(len(features), -1) for tensor in padded)
     logits = token_logits(model, torch.as_tensor(features).to(like.device, like.dtype), ids, mask)
-    tokens = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0].cpu().numpy()
+    logprobs = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0].cpu().numpy()
+    offsets = model.tokenizer(
+        caption, add_special_tokens=False, return_offsets_mapping=True
+    ).offset_mapping
     scores = np.zeros((len(features), len(spans)))
-    ends = [
-        end
-        for _, end in model.tokenizer(
-            caption, add_special_tokens=False, return_offsets_mapping=True
-        ).offset_mapping
-    ]
-    for token, end in zip(tokens.T, ends):
-        scores[:, sum(start < end for start, _ in spans) - 1] += token
+    if not spans:
+        return [], scores
+    # the end token, and what is beyond the hundredth, belong to no word
+    for logprob, (_, end) in zip(logprobs.T, offsets, strict=False):
+        word = sum(start < end for start, _ in spans) - 1
+        scores[:, max(0, word)] += logprob
     return [caption[start:end] for start, end in spans], scores
 
 # %% ../nbs/08_explain.ipynb #wc-e15
@@ -70,35 +73,33 @@ class Explanation:
     "What each word of a caption looked at"
 
     words: list[str]
-    chances: list[float]  # of each word, given the photo and the words before
+    probabilities: list[float]  # of each word, given the photo and the words before
     heat: np.ndarray  # (words, grid, grid): nats that the word loses where a cell is hidden
 
 
 def explain_caption(
     captioner,  # a `Captioner`
     photo,  # whatever `open_image` takes
-    caption: str = None,  # None = what the captioner says
-    grid: int = 7,  # cells a side
+    caption: str = None,  # None: what the captioner says
+    grid: int = 7,  # cells along each side
 ) -> Explanation:
     "Which cells of a photo each word of its caption depends on"
-    photo, pixels, cells = open_image(photo), [], []
+    photo = open_image(photo)
     if caption is None:
         (caption,) = captioner.caption(photo)
-    for hidden, where in hide_parts(photo, grid):
+    pixels, hidden_cells = [], []
+    for hidden, cells in hide_parts(photo, grid):
         pixels.append(captioner.tower.preprocess([hidden])[0])
-        cells.append(where)
+        hidden_cells.append(cells)
     pixels.append(captioner.tower.preprocess([photo])[0])
     features, _ = in_batches(
-        lambda some: [*captioner.tower(torch.stack(some))], pixels, captioner.batch_size
+        lambda batch: [*captioner.tower(torch.stack(batch))], pixels, captioner.batch_size
     )
     words, scores = score_words(captioner.model, torch.stack(features), caption)
-    falls, cells = (
-        scores[-1] - scores[:-1],
-        np.array(cells, float),
-    )  # (windows, words), (windows, grid, grid)
-    return Explanation(
-        words, np.exp(scores[-1]).tolist(), np.einsum('nw,nij->wij', falls, cells) / cells.sum(0)
-    )
+    falls = scores[-1] - scores[:-1]  # (windows, words)
+    cells = np.array(hidden_cells, float)  # (windows, grid, grid)
+    heat = np.einsum('nw,nij->wij', falls, cells) / cells.sum(0)
+    return Explanation(words, np.exp(scores[-1]).tolist(), heat)
 
 # %% ../nbs/08_explain.ipynb #wc-e18
 def overlay(
@@ -106,12 +107,10 @@ def overlay(
     heat: np.ndarray,  # (rows, columns), 0..1
 ) -> Image.Image:
     "A grey photo, red where it is hot"
-    strength = Image.fromarray((200 * np.clip(heat, 0, 1)).astype(np.uint8)).resize(
-        photo.size, Image.Resampling.BICUBIC
-    )
-    return Image.composite(
-        Image.new('RGB', photo.size, '#ff2800'), photo.convert('L').convert('RGB'), strength
-    )
+    strength = Image.fromarray((200 * np.clip(heat, 0, 1)).astype(np.uint8))
+    strength = strength.resize(photo.size, Image.Resampling.BICUBIC)
+    red = Image.new('RGB', photo.size, '#ff2800')
+    return Image.composite(red, photo.convert('L').convert('RGB'), strength)
 
 
 def draw_explanation(
@@ -121,12 +120,10 @@ def draw_explanation(
     width: int = 240,  # of each, pixels
 ) -> Image.Image:  # RGB
     "A photo with its caption, then once more for each word"
-    photo, most = open_image(photo), max(1.0, why.heat.max(initial=0))
+    photo = open_image(photo)
     photo.thumbnail((2 * width, 3 * width))
-    texts = [f'{word}  {chance:.0%}' for word, chance in zip(why.words, why.chances)]
-    return contact_sheet(
-        [photo, *(overlay(photo, heat / most) for heat in why.heat)],
-        [' '.join(why.words), *texts],
-        columns,
-        width,
-    )
+    most = max(1.0, why.heat.max(initial=0))
+    pairs = zip(why.words, why.probabilities, strict=True)
+    texts = [' '.join(why.words), *(f'{word}  {probability:.0%}' for word, probability in pairs)]
+    pictures = [photo, *(overlay(photo, heat / most) for heat in why.heat)]
+    return contact_sheet(pictures, texts, columns, width)

@@ -39,47 +39,46 @@ def test_all_is_hidden_once_and_no_more(size, grid):
 def test_words_add_up_to_the_caption(tiny):
     features, caption = torch.randn(3, 1, 512), 'a skateboarder somersaults, happily'
     words, scores = score_words(tiny.model, features, caption)
-    tokens = (
-        len(tiny.model.tokenizer.tokenize(caption)) + 1
-    )  # with the end token, whose score belongs to no word
+    # with the end token, whose score belongs to no word
+    tokens = len(tiny.model.tokenizer.tokenize(caption)) + 1
     whole = np.array(score_captions(tiny.model, features, [[caption]] * 3))[:, 0] * tokens
-    assert (
-        words == caption.split()
-        and (scores.sum(1) >= whole - 1e-3).all()
-        and scores.shape == (3, 4)
-    )
+    assert words == caption.split()
+    assert scores.shape == (3, 4)
+    assert (scores.sum(1) >= whole - 1e-3).all()
+    # a word depends on those before it alone
     longer = score_words(tiny.model, features, caption + ' indeed')[1]
-    assert np.allclose(longer[:, :4], scores, atol=1e-3)  # a word depends on those before it alone
+    assert np.allclose(longer[:, :4], scores, atol=1e-3)
+
+
+def test_a_language_without_spaces_has_words_too(tiny):
+    words, scores = score_words(tiny.model, torch.randn(2, 1, 512), '一只狗，跑。')
+    assert words == ['一', '只', '狗', '跑']
+    assert (scores < 0).all()
 
 
 def test_the_cell_that_matters_is_found(tiny, photo):
     "A tower that sees redness alone: only where the ball is hidden do the scores change"
 
     def tower(pixels):
-        return (
-            torch.full((len(pixels), 1, 512), 0.5)
-            * (pixels[:, 0] - pixels[:, 1]).clamp(min=0).mean((1, 2))[:, None, None]
-            * 40
-        )
+        red = (pixels[:, 0] - pixels[:, 1]).clamp(min=0).mean((1, 2))
+        return torch.full((len(pixels), 1, 512), 0.5) * red[:, None, None] * 40
 
-    tower.preprocess = lambda photos: torch.stack(
-        [
-            torch.tensor(np.asarray(p.resize((60, 60))) / 255).permute(2, 0, 1).float()
-            for p in photos
-        ]
-    )
-    why = explain_caption(
-        SimpleNamespace(tower=tower, model=tiny.model, batch_size=5), photo, 'a red ball'
-    )
+    def preprocess(photos):
+        arrays = [np.asarray(photo.resize((60, 60))) / 255 for photo in photos]
+        return torch.stack([torch.tensor(array).permute(2, 0, 1).float() for array in arrays])
+
+    tower.preprocess = preprocess
+    captioner = SimpleNamespace(tower=tower, model=tiny.model, batch_size=5)
+    why = explain_caption(captioner, photo, 'a red ball')
     on = np.abs(why.heat).max(0)
-    assert on[:4, :3].max() == on.max() > 0 and np.abs(on[5:, 5:]).max() < 1e-3 * on.max() + 1e-4
+    assert on[:4, :3].max() == on.max() > 0
+    assert np.abs(on[5:, 5:]).max() < 1e-3 * on.max() + 1e-4
 
 
 def test_a_picture_for_each_word(tiny, photo):
     why = explain_caption(tiny, photo)
-    assert ' '.join(why.words) == tiny.caption(photo)[0] and all(
-        0 < chance <= 1 for chance in why.chances
-    )
+    assert ' '.join(why.words) == tiny.caption(photo)[0]
+    assert all(0 < probability <= 1 for probability in why.probabilities)
     picture = draw_explanation(photo, why, columns=len(why.words) + 1, width=100)
     assert picture.width == 5 + (len(why.words) + 1) * 105
     assert draw_explanation(photo, explain_caption(tiny, photo, ''), width=100).width == 110
@@ -94,9 +93,8 @@ def test_batches_fit_into_memory():
             raise torch.OutOfMemoryError('CUDA out of memory')
         return some
 
-    assert in_batches(lambda some: work(some, 3), [*range(20)], 16) == ([*range(20)], 2) and tried[
-        :4
-    ] == [16, 8, 4, 2]
+    assert in_batches(lambda some: work(some, 3), [*range(20)], 16) == ([*range(20)], 2)
+    assert tried[:4] == [16, 8, 4, 2]
     with pytest.raises(ClipcapError, match='memory'):
         in_batches(lambda some: work(some, 0), [1, 2], 2)
     with pytest.raises(RuntimeError, match='other'):
@@ -115,11 +113,9 @@ def test_the_captioner_halves_its_batches(tiny, photo):
         return tower(pixels)
 
     see.preprocess, narrow.tower = tower.preprocess, see
-    assert (
-        narrow.caption([photo] * 5) == tiny.caption([photo] * 5)
-        and tried == [5, 2, 2, 1]
-        and narrow.batch_size == 2
-    )
+    assert narrow.caption([photo] * 5) == tiny.caption([photo] * 5)
+    assert tried == [5, 2, 2, 1]
+    assert narrow.batch_size == 2
 
 
 def test_command(tmp_path, photo):
@@ -135,17 +131,14 @@ def test_command(tmp_path, photo):
         'cpu',
         code=1,
     )
-    assert len(said.splitlines()) == 1 and [p.name for p in (tmp_path / 'why').iterdir()] == [
-        'my.ball.png'
-    ]
+    assert len(said.splitlines()) == 1
+    assert [p.name for p in (tmp_path / 'why').iterdir()] == ['my.ball.png']
     assert Image.open(tmp_path / 'why' / 'my.ball.png').format == 'PNG'
-    assert any(
-        '--explain' in line
-        for line in clipcap('caption', tmp_path / 'my.ball.png', '--explain', tmp_path, code=2)[1]
-    )
+    lines = clipcap('caption', tmp_path / 'my.ball.png', '--explain', tmp_path, code=2)[1]
+    assert any('--explain' in line for line in lines)
 
 
-def test_many_dice_with_beams_are_refused_in_one_line(tmp_path, photo):
+def test_many_samples_with_beams_are_refused_in_one_line(tmp_path, photo):
     photo.save(tmp_path / 'a.png')
     said, [line] = clipcap(
         'caption', tmp_path / 'a.png', '--temperature', 1, '--beams', 2, '--candidates', 3, code=1
@@ -162,9 +155,8 @@ def test_the_earlier_class(tmp_path, photo, tiny, capsys):
     )
     old.set_image_path(str(tmp_path / 'a.b.png'))
     assert old.generate_caption(save_image=True) == tiny.caption(photo)[0]
-    assert [p.name for p in (tmp_path / 'out').iterdir()] == [
-        'a.b-RL.jpg'
-    ] and 'a.b-RL.jpg' in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['a.b-RL.jpg']
+    assert 'a.b-RL.jpg' in capsys.readouterr().out
     old.generate_caption(save_image=False)
     assert not capsys.readouterr().out
     with pytest.raises(ClipcapError, match='model_size'):
