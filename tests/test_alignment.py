@@ -24,6 +24,7 @@ from clipcap.base.files import ClipcapError, lock
 from clipcap.base.scenes import draw_dataset
 from clipcap.base.store import FeatureStore
 from clipcap.methods import alignment as room
+from clipcap.methods import regions as regions_room
 from clipcap.methods.alignment import (
     AlignConfig,
     Aligner,
@@ -698,3 +699,16 @@ def test_a_broken_photo_is_left_out(scenes, tmp_path):
     with pytest.warns(UserWarning, match='broken.jpg'):
         photos, regions = photos_and_regions(aligner, learn, progress=False)
     assert len(photos) == len(regions) == 3
+
+
+def test_labels_in_any_script_are_drawn_with_a_font_that_has_them(monkeypatch):
+    asked = []
+    real = regions_room.load_font
+
+    def listening(size, text='', bold=False):
+        asked.append(text)
+        return real(size, text, bold)
+
+    monkeypatch.setattr(regions_room, 'load_font', listening)
+    draw_regions(Image.new('RGB', (40, 32)), np.array([[0, 0, 1, 1]]), ['красный шар'], 100)
+    assert asked == ['красный шар']

@@ -137,7 +137,7 @@ def draw_regions(
         x0, y0, x1, y1 = corner
         colour = _PALETTE[n % len(_PALETTE)]
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=max(2, width // 130))
-        font = load_font(max(10, width // 32), bold=True)
+        font = load_font(max(10, width // 32), label, bold=True)
         _, _, text_width, text_height = draw.textbbox((0, 0), label, font)
         label_width, label_height = text_width + 6, text_height + 4
         x = min(max(0, x0), max(0, width - label_width))
