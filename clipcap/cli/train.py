@@ -173,16 +173,15 @@ def embed(
     device: Device = None,
 ):
     "Compute the features of photos, once."
-    from clipcap.base.captions import read_dataset
-    from clipcap.base.files import ClipcapError
+    from clipcap.base.captions import caption_files, read_dataset
     from clipcap.base.photos import list_images
 
     check_output(output)
-    try:
-        photos, root = list_images(source), source
-    except ClipcapError:
+    if source.is_dir() and caption_files(source):  # even where a stray photo lies beside them
         table, root = read_dataset(source)
         photos = [root / name for name in table.image.unique()]
+    else:
+        photos, root = list_images(source), source
     from clipcap.embed import embed_images
     from clipcap.image import load_tower
 
