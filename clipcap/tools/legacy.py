@@ -8,13 +8,13 @@ __all__ = ['SIZES', 'ImageCaptioner']
 # %% ../../nbs/tools/03_legacy.ipynb #wc-l02
 from pathlib import Path
 
+from ..base import pictures
 from ..base.files import ClipcapError
-from ..base.pictures import as_sentence, draw_caption, save_image
 from ..generate import GenerationOptions
-from .published import open_captioner
+from ..image import Captioner
 
 # %% ../../nbs/tools/03_legacy.ipynb #wc-l05
-SIZES = dict(S='flickr30k-small', L='flickr30k-large')  # size: name of its published weights
+SIZES = {'S': 'flickr30k-small', 'L': 'flickr30k-large'}  # size: name of its published weights
 
 
 class ImageCaptioner:
@@ -23,36 +23,34 @@ class ImageCaptioner:
     def __init__(
         self,
         model_size: str = 'L',  # S or L: whose weights, and what stands in the names of pictures
-        checkpoint_name: str
-        | Path = 'model.pt',  # a .pt file, or a name for `open_captioner`; 'model.pt' where there is none: the published weights
+        checkpoint_name: str | Path = 'model.pt',  # a .pt file, or a name for `Captioner`;
+        # 'model.pt' where there is no such file: the published weights
         res_path: str | Path = './data/result/prediction',  # folder for captioned pictures
-        temperature: float = 0.0,
-    ):  # 0 = the likeliest caption; above: dice
-        self.model_size, self.res_path, self.img_path = model_size.upper(), Path(res_path), None
+        temperature: float = 0.0,  # 0 = the likeliest caption; above: sampled
+    ):
+        self.model_size = model_size.upper()
+        self.res_path = Path(res_path)
+        self.img_path = None
         if self.model_size not in SIZES:
             raise ClipcapError(f"model_size '{model_size}': give S or L")
         self.options = GenerationOptions(temperature=temperature)
         published = str(checkpoint_name) == 'model.pt' and not Path(checkpoint_name).is_file()
-        self.captioner = open_captioner(SIZES[self.model_size] if published else checkpoint_name)
+        self.captioner = Captioner(SIZES[self.model_size] if published else checkpoint_name)
 
     def set_image_path(self, img_path: str | Path):
+        "The photo of the next caption"
         self.img_path = Path(img_path)
 
     def generate_caption(
-        self, save_image: bool = True
-    ) -> str:  # True: also as <stem>-R<SIZE>.jpg in `res_path`
+        self,
+        save_image: bool = True,  # also as <stem>-R<SIZE>.jpg in `res_path`
+    ) -> str:
         "The caption of the photo"
         if self.img_path is None:
             raise ClipcapError('no photo yet: call set_image_path first')
         (caption,) = self.captioner.caption(self.img_path, self.options)
         if save_image:
-            _save(
-                self.img_path,
-                caption,
-                self.res_path / f'{self.img_path.stem}-R{self.model_size}.jpg',
-            )
+            target = self.res_path / f'{self.img_path.stem}-R{self.model_size}.jpg'
+            picture = pictures.draw_caption(self.img_path, pictures.as_sentence(caption))
+            print(f'Image saved to {pictures.save_image(picture, target)}')
         return caption
-
-# %% ../../nbs/tools/03_legacy.ipynb #wc-l06
-def _save(photo, caption, path):
-    print(f'Image saved to {save_image(draw_caption(photo, as_sentence(caption)), path)}')
