@@ -355,3 +355,20 @@ def test_a_blend_lies_between():
         middle = blend(before, after, share)
         for a, b in zip(before.parameters(), middle.parameters(), strict=True):
             torch.testing.assert_close(b, a + share)
+
+
+@pytest.mark.parametrize('image_every_step', [False, True])
+def test_an_lstm_is_trained_the_same_way(image_every_step):
+    from clipcap.methods.lstm import Vocabulary, make_lstm, word_tokenizer
+
+    vocabulary = Vocabulary.from_captions(table.caption.tolist(), threshold=1)
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(vocabulary)
+    language = make_lstm(tokenizer, image_every_step)
+    model = CaptionModel(
+        language, tokenizer, MapperConfig('linear', feature_dim=16, prefix_length=1)
+    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rewards = run(model)
+    assert len(rewards) == short.steps and np.isfinite(rewards).all()
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -24,7 +24,8 @@ from ..base.files import ClipcapError
 from ..base.loop import data_fingerprint, items_per_step, run_training
 from ..base.store import FeatureStore
 from ..base.words import ptb_tokenize
-from ..model import CaptionModel
+from ..generate import sample_ids
+from ..model import CaptionModel, caption_room, pad
 from ..train import TrainConfig, make_optimizer
 
 # %% ../../nbs/methods/07_self_critical.ipynb #11-005
@@ -135,22 +136,6 @@ class RewardConfig(LoopSettings):
     save_every: int = setting(50, 'Steps between checkpoints.', low=1, high=10_000_000)
 
 # %% ../../nbs/methods/07_self_critical.ipynb #11-010
-@contextmanager
-def _plain_distribution(language):
-    "A language model without decoding settings of its own, such as a stored temperature"
-    from transformers import GenerationConfig
-
-    if hasattr(language, 'get_base_model'):  # with LoRA around it
-        language = language.get_base_model()
-    stored = language.generation_config
-    language.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        language.generation_config = stored
-
-
-@torch.no_grad()
 def sample_tokens(
     model: CaptionModel,
     prefix: torch.Tensor,  # (photos, prefix length, embedding size), from the model's mapper
@@ -159,28 +144,11 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # token ids (photos * samples, tokens), those of a photo
     # one after the other; and a mask: 1 up to the first end token, which counts, 0 behind it
     "Captions sampled from a model's own distribution"
-    from transformers import GenerationConfig
-
-    end = model.tokenizer.eos_token_id
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=samples,
-        max_new_tokens=max_length,
-        remove_invalid_values=True,  # NaN ends in the loss, where the loop says at which step
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    with _plain_distribution(model.language):
-        ids = model.language.generate(
-            inputs_embeds=prefix,
-            attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
-            generation_config=config,
-        )
-    ended = (ids == end).long()
-    return ids, (ended.cumsum(1) - ended == 0).long()
+    room = caption_room(model)
+    longest = max_length if room is None else min(max_length, room)
+    rows = sample_ids(model, prefix, samples, longest)
+    ids, mask = pad(rows, model.tokenizer.eos_token_id)
+    return ids.to(prefix.device), mask.to(prefix.device)
 
 
 def token_log_probabilities(
