@@ -36,11 +36,7 @@ from ..embed import VisionTower, check_finite, embed_images, hub_answers, quiet
 from ..evaluate import evaluate_captions, metric_words
 from ..generate import GenerationOptions, generate_captions
 from ..image import find_model, load_tower
-from clipcap.methods.lstm import (
-    Vocabulary,
-    make_lstm,
-    word_tokenizer,
-)
+from ..methods.lstm import Vocabulary, make_lstm, word_tokenizer
 from ..methods.self_critical import RewardConfig, blend, self_critical
 from ..model import CaptionModel, MapperConfig, add_lora
 from .board import caption_board, word_board
