@@ -275,6 +275,22 @@ def test_turned_by_metadata(tmp_path, decoder):
     assert np.asarray(sample.picture)[:, :20].max() < 60
 
 
+def test_the_cover_of_a_record_is_no_picture(tmp_path, writer):
+    with av.open(str(tmp_path / 'cover.m4a'), 'w', 'mp4') as out:
+        cover = out.add_stream('mjpeg', rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, 'yuvj420p'
+        cover.disposition = av.stream.Disposition.attached_pic
+        packets = silence(out, 2)
+        packets += cover.encode(av.VideoFrame.from_ndarray(grey(0, (64, 64)), 'rgb24'))
+        for packet in [*packets, *cover.encode(None)]:
+            out.mux(packet)
+    for make, name in (mux, 'soft.mkv'), (burn, 'hard.mp4'):
+        with pytest.raises(ClipcapError, match='cover.m4a'):
+            make(tmp_path / 'cover.m4a', CUES, tmp_path / name, writer=writer)
+    with pytest.raises(ClipcapError, match='sound alone'):
+        VideoReader(tmp_path / 'cover.m4a', 'pyav')
+
+
 def test_frames_chosen():
     assert list(spread(0, 10_000, 4)) == [0, 2500, 5000, 7500]
     assert list(spread(0, 3, 5)) == [0, 0, 1, 1, 2]

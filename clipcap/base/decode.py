@@ -96,12 +96,16 @@ def is_cover(stream) -> bool:
     return kinds.attached_pic in stream.disposition
 
 
-def picture_stream(container):  # of PyAV; None where there is none
+def picture_stream(
+    container,  # of PyAV
+    path: str | Path,  # of its file
+):  # a stream of PyAV; `ClipcapError` where there is none
     "The stream that a player shows"
+    pictures = [stream for stream in container.streams.video if not is_cover(stream)]
+    if not pictures:
+        raise ClipcapError(f'{path}: no picture in it: sound alone')
     best = container.streams.best('video')
-    if best is not None and not is_cover(best):
-        return best
-    return next((s for s in container.streams.video if not is_cover(s)), None)
+    return best if best in pictures else pictures[0]
 
 
 def open_container(
@@ -126,9 +130,7 @@ class PyAVDecoder:
     def __init__(self, path: str | Path):  # ClipcapError where there is no video
         self.path, self.frame = path, None
         self.container = open_container(path)
-        self.stream = picture_stream(self.container)
-        if self.stream is None:
-            raise ClipcapError(f'{path}: no picture in it: sound alone')
+        self.stream = picture_stream(self.container, path)
         if self.stream.codec_context is None:
             raise ClipcapError(f'{path}: its codec is unknown here: convert it, to H.264 perhaps')
         self.stream.thread_type = 'AUTO'

@@ -84,7 +84,7 @@ def _mux_pyav(video, track, part, lang):
             av.open(name, 'w', 'matroska') as out,
         ):
             new = {}  # index of a stream -> its copy
-            for stream in (picture_stream(film), *film.streams.audio):
+            for stream in (picture_stream(film, video), *film.streams.audio):
                 new[stream.index] = out.add_stream_from_template(stream, opaque=True)
             subtitles = out.add_stream_from_template(text.streams[0])
             subtitles.metadata['language'] = lang
@@ -224,7 +224,7 @@ def _glass(size, text):
     return (glass.crop(box), box[:2]) if box else None
 
 
-def _picture_stream(out, source, size, encoder):
+def _new_pictures(out, source, size, encoder):
     # source: stream of PyAV
     rate = source.guessed_rate
     rate = Fraction(rate).limit_denominator(1001) if rate and 1 <= rate <= 240 else 25
@@ -300,7 +300,7 @@ def _burn_pyav(video, cues, part):
                 picture = reader.picture(LONGEST)
                 if stream is None:
                     size = even(picture.width), even(picture.height)
-                    stream = _picture_stream(out, reader.decoder.stream, size, encoder)
+                    stream = _new_pictures(out, reader.decoder.stream, size, encoder)
                     sound = _Sound(video, out)
                 if picture.width < size[0] or picture.height < size[1]:
                     picture = picture.resize(size)
