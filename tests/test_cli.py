@@ -95,9 +95,9 @@ def test_commands_stand_in_groups():
     assert list(commands) == ['Options', 'Caption', 'Train', 'Measure', 'Find', 'Models']
     for group, names in {
         'Caption': 'caption demo video webcam',
-        'Train': 'data embed train ensemble',
+        'Train': 'data embed train ensemble align',
         'Measure': 'evaluate',
-        'Find': 'align search',
+        'Find': 'search',
         'Models': 'models legacy',
     }.items():
         listed = re.findall(r'^  ([a-z]\S*)', commands[group], re.M)
