@@ -23,7 +23,7 @@ from .base.files import ClipcapError, one_line
 from .base.photos import list_images, open_image
 from .base.words import as_sentence
 from .evaluate import evaluate_captions
-from .generate import GenerationOptions
+from .generate import TEMPERATURES, GenerationOptions, draw_study, temperature_steps
 
 # %% ../nbs/11_widgets.ipynb #wc-w05
 class LatestOnly:
@@ -705,15 +705,13 @@ class SweepWidget(Asking):
         captioner,  # anything with `candidates` or `caption`
         photos,  # as for `name_photos`
         references: list[list[str]] = None,  # what people said of each; None: no curve
-        temperatures: tuple = None,  # None: those of the lesson on generating
+        temperatures: tuple = TEMPERATURES,
         score: str = 'BLEU-1',  # or CIDEr: what stands for precision in the curve
         **traits,
     ):
-        from clipcap.generate import TEMPERATURES
-
         self.captioner = captioner
         self.references = references
-        self.temperatures = temperatures or TEMPERATURES
+        self.temperatures = temperatures
         self.score = score
         self.table = []  # the rows of `temperature_study`, of all photos
         self._photos = name_photos(photos)
@@ -750,16 +748,12 @@ class SweepWidget(Asking):
     def _curve(self):
         import pandas as pd
 
-        from clipcap.generate import draw_study
-
         figure = draw_study(pd.DataFrame(self.table).set_index('temperature'), self.score)
         data = io.BytesIO()
         figure.savefig(data, format='png', dpi=90)
         return data.getvalue()
 
     def work(self, how):
-        from clipcap.generate import temperature_steps
-
         images = [photo for _, photo in self._photos]
         references = self.references
         steps = temperature_steps(
