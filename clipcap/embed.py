@@ -125,7 +125,13 @@ def hypercolumn(
     return torch.cat(parts, 1)
 
 # %% ../nbs/02_embed.ipynb #01-012
-def on_cpu_for_mps(function, tensor, *arguments, **options):
+def on_cpu_for_mps(
+    function,  # of a tensor and more, such as `F.interpolate`
+    tensor: torch.Tensor,  # its first argument, on any device
+    *arguments,
+    **options,
+) -> torch.Tensor:  # on the device of `tensor`
+    "What a function gives, computed on the CPU where MPS cannot do it"
     # Apple's MPS lacks bicubic resizing, and averages into parts that do not divide the whole
     if tensor.device.type == 'mps':
         return function(tensor.cpu(), *arguments, **options).to(tensor.device)
