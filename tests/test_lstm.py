@@ -217,7 +217,7 @@ def test_never_a_special_word(every):
     model = make(every)
     with torch.no_grad():
         model.language.head.bias[[0, 1, 3]] += 50  # it wants nothing else
-    for options in (dict(), dict(beams=1), dict(temperature=1.5, seed=0)):
+    for options in ({}, dict(beams=1), dict(temperature=1.5, seed=0)):
         captions = best_captions(model, photos(5), **options)
         assert not any('<' in caption or '  ' in caption for caption in captions)
 
