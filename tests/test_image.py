@@ -1,4 +1,4 @@
-"Captioner and find_model where a notebook does not reach: a model from a (look-alike) Hub, and what is drawn"
+"Captioner and find_model where a notebook does not reach: a model from a Hub, what is drawn"
 
 import hashlib
 import http.server
@@ -20,7 +20,7 @@ photo = Image.linear_gradient('L').resize((90, 60))
 
 
 class LookAlike(http.server.BaseHTTPRequestHandler):
-    "As much of the Hub as a snapshot needs: someone/tiny is the bundled model, with a file that must not be fetched"
+    "As much of the Hub as a snapshot needs: someone/tiny is the bundled model, and more files"
 
     def do_HEAD(self):
         self.do_GET()
@@ -74,11 +74,15 @@ class LookAlike(http.server.BaseHTTPRequestHandler):
 asking = '''
 import sys
 from clipcap.base.files import ClipcapError
-from clipcap.image import Captioner, find_model, Image
+from clipcap.image import Captioner, find_model
+from PIL import Image
 photo = Image.linear_gradient('L').resize((90, 60))
 for name in sys.stdin:
-    try: print(find_model(name.strip()), Captioner(name.strip(), device='cpu').caption(photo), sep='|', flush=True)
-    except ClipcapError as error: print(error, flush=True)
+    try:
+        captions = Captioner(name.strip(), device='cpu').caption(photo)
+        print(find_model(name.strip()), captions, sep='|', flush=True)
+    except ClipcapError as error:
+        print(error, flush=True)
 '''
 
 
@@ -122,7 +126,10 @@ def test_a_model_of_the_hub(tmp_path):
 @pytest.mark.parametrize('width', [64, 200, 1000])
 @pytest.mark.parametrize('size', [(1, 1), (90, 60), (20_000, 10), (10, 20_000)])
 def test_captions_stay_on_the_strip(width, size):
-    text = 'an uncommonlylongwordwithoutanyplacetobreakit and then a good many shorter ones, 犬 и собака'
+    text = (
+        'an uncommonlylongwordwithoutanyplacetobreakit '
+        'and then a good many shorter ones, 犬 и собака'
+    )
     picture = draw_caption(Image.new('RGB', size, 'red'), text, width)
     dark = (
         picture.convert('L').point(lambda v: 255 * (v < 60)).getbbox()

@@ -1,6 +1,7 @@
-"""clipcap.pretrained against the published algorithms, written down a second time, plainly and slowly; downloads against a Drive and a Hub on 127.0.0.1
+"""clipcap.tools.published against the published algorithms, written down a second time
 
-The oracles know nothing of clipcap: they read the published names, take one feature at a time, keep no cache and no batch."""
+Downloads run against a Drive and a Hub on 127.0.0.1. The oracles know nothing of clipcap: they
+read the published names, take one feature at a time, keep no cache and no batch."""
 
 import hashlib
 import http.server
@@ -25,12 +26,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHe
 from clipcap.base.files import ClipcapError
 from clipcap.embed import pixels_of
 from clipcap.generate import (
+    DECODINGS,
     GenerationOptions,
     PublishedDecoding,
     clip_gpt_tokens,
     clipcap_tokens,
     generate_captions,
 )
+from clipcap.image import Captioner
+from clipcap.model import CaptionModel
 from clipcap.tools.published import (
     CHECKPOINTS,
     Checkpoint,
@@ -38,8 +42,6 @@ from clipcap.tools.published import (
     fetch,
     find_published,
     known_models,
-    load_published,
-    open_captioner,
     read_checkpoint,
 )
 
@@ -274,10 +276,10 @@ def published_greedy(gpt, prefix):
 
 
 def published_beam(gpt, prefix, width):
-    "Slots with tokens, score, length and a stopped flag, as in the published code; the stopped go on with token 0"
+    "Slots (tokens, score, length, stopped) as in the published code: stopped ones draw token 0"
     words = gpt['transformer.wte.weight']
     start = last_logits(gpt, prefix).softmax(0).log().topk(width)
-    slots = [([t], s, 1, t == 13) for s, t in zip(start.values.tolist(), start.indices.tolist())]
+    slots = [([t], s, 1, t == 13) for s, t in zip(*(t.tolist() for t in start), strict=True)]
     for _ in range(66):
         if all(stopped for *_, stopped in slots):
             break
@@ -380,7 +382,7 @@ def varied(rows, end, longest):
 @pytest.mark.parametrize(
     'layout, prefix_of, how',
     [
-        (mlp_layout, mlp_prefix, dict()),
+        (mlp_layout, mlp_prefix, {}),
         (transformer_layout, transformer_prefix, dict(old=True)),
         (lambda: mlp_layout(width=128, tied=False), mlp_prefix, dict(zipped=False)),
     ],
@@ -393,7 +395,7 @@ def test_clipcap_token_for_token(layout, prefix_of, how, cache, tmp_path):
         older(weights, 'gpt.')
     convert(saved(weights, tmp_path, zipped=how.get('zipped', True)), tmp_path / 'model')
     model, gpt, size = (
-        load_published(tmp_path / 'model'),
+        CaptionModel.from_pretrained(tmp_path / 'model'),
         part(weights, 'gpt.'),
         next(
             w.shape[1]
@@ -434,7 +436,7 @@ def test_clipcap_token_for_token(layout, prefix_of, how, cache, tmp_path):
     [(32, 32, 6, 0.5, True), (128, 14, 5, 0.25, False)],
     ids=['S raw old', 'L wrapped new'],
 )
-def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_path):
+def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_path, monkeypatch):
     torch.manual_seed(4)
     weights = clip_gpt_layout(width, patch, layers, spread)
     weights['td.model.transformer.wte.weight'][50256] *= 2.9  # the end token comes now and then
@@ -443,7 +445,7 @@ def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_
         older(weights, 'td.model.')
     convert(saved(weights, tmp_path, wrapped=not old), tmp_path / 'model')
     model, gpt, features = (
-        load_published(tmp_path / 'model'),
+        CaptionModel.from_pretrained(tmp_path / 'model'),
         part(weights, 'td.model.'),
         torch.randn(PHOTOS, 1, width),
     )
@@ -461,17 +463,18 @@ def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_
         varied(expected, 50256, 40)
     texts = [model.tokenizer.decode(ids[:-1]).strip() for ids in expected]
     assert generate_captions(model, features) == [[text[:1].upper() + text[1:]] for text in texts]
-    model.published = PublishedDecoding(
-        'clip-gpt', 5
-    )  # cut sooner: the last token is dropped, a word or not
+    # cut sooner: the last token is dropped, a word or not
     texts = [model.tokenizer.decode(ids[:5][:-1]).strip() for ids in expected]
-    assert generate_captions(model, features) == [[text[:1].upper() + text[1:]] for text in texts]
+    with monkeypatch.context() as patch_decodings:
+        patch_decodings.setitem(DECODINGS, 'clip-gpt', PublishedDecoding('clip-gpt', 5))
+        found = generate_captions(model, features)
+    assert found == [[text[:1].upper() + text[1:]] for text in texts]
     # the tower inside the file, from its pixels on
     photos = [
         Image.effect_noise((300, 240), 60).convert('RGB'),
         Image.linear_gradient('L').convert('RGB'),
     ]
-    captioner = open_captioner(tmp_path / 'model', device='cpu')
+    captioner = Captioner(tmp_path / 'model', device='cpu')
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=width,
@@ -501,15 +504,18 @@ def test_an_empty_caption_is_an_empty_text(cache, tmp_path):
         9 * weights['td.model.transformer.wte.weight'][50256]
     )  # nothing but the end token
     convert(saved(weights, tmp_path), tmp_path / 'model')
-    model = load_published(tmp_path / 'model')
+    model = CaptionModel.from_pretrained(tmp_path / 'model')
     assert generate_captions(model, torch.randn(3, 1, 32)) == [['']] * 3
 
 
 def test_options(cache, tmp_path):
     torch.manual_seed(6)
     convert(saved(mlp_layout(), tmp_path), tmp_path / 'model')
-    model, features = load_published(tmp_path / 'model'), torch.randn(5, 1, 24)
-    say = lambda **how: generate_captions(model, features, GenerationOptions(**how))
+    model, features = CaptionModel.from_pretrained(tmp_path / 'model'), torch.randn(5, 1, 24)
+
+    def say(**options):
+        return generate_captions(model, features, GenerationOptions(**options))
+
     ours = say(published=False)
     assert '.' not in ''.join(text for (text,) in ours) and all(
         len(text) <= 40 * 8 for (text,) in ours
@@ -590,13 +596,15 @@ class Drive(http.server.BaseHTTPRequestHandler):
         name = re.search(r'id=(\w+)', self.path)[1]
         if name == 'quota':
             return self.page(
-                '<p class="uc-error-caption">Sorry</p><p class="uc-error-subcaption">Too many users have viewed or downloaded this file recently.</p>'
+                '<p class="uc-error-caption">Sorry</p><p class="uc-error-subcaption">'
+                'Too many users have viewed or downloaded this file recently.</p>'
             )
         if name not in self.server.files:
             return self.page('<title>Error 404</title>', 404)
         if self.path.startswith('/uc'):
             return self.page(
-                f'<form id="download-form" action="https://drive.usercontent.google.com/download"><input type="hidden" name="id" value="{name}"></form>'
+                f'<form id="download-form" action="https://drive.usercontent.google.com/download">'
+                f'<input type="hidden" name="id" value="{name}"></form>'
             )
         body, start = self.server.files[name], int((self.headers.get('Range') or 'bytes=0-')[6:-1])
         self.send_response(206 if start else 200)
@@ -623,7 +631,7 @@ class Drive(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def drive(cache, monkeypatch):
     "Whatever is asked of Google goes there; waiting between attempts takes no time"
-    gdown = pytest.importorskip('gdown', reason='pip install gdown')
+    pytest.importorskip('gdown', reason='pip install gdown')
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Drive)
     server.files, server.cuts, server.asked = {}, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -657,7 +665,7 @@ def test_fetched_checked_and_converted_once(drive, cache, tmp_path, monkeypatch)
     folder = find_published('mine')
     assert (
         folder == cache / 'mine'
-        and load_published(folder).config.prefix_length == 10
+        and CaptionModel.from_pretrained(folder).config.prefix_length == 10
         and {row['name']: row['here'] for row in known_models()}['mine']
     )
     times = len(drive.asked)
@@ -668,9 +676,10 @@ def test_fetched_checked_and_converted_once(drive, cache, tmp_path, monkeypatch)
 
 
 def test_cut_in_the_middle(drive, cache, monkeypatch):
-    spans = lambda: [
-        int(span[6:-1]) for _, span in drive.asked if span
-    ]  # gdown reads half a megabyte at a time, and goes on behind the last that was whole
+    def spans():
+        # gdown reads half a megabyte at a time, and goes on behind the last that was whole
+        return [int(span[6:-1]) for _, span in drive.asked if span]
+
     body = os.urandom(2_000_000)
     drive.files['file'], drive.cuts = body, [700_000, 1_400_000]
     published(monkeypatch, drive)
@@ -723,9 +732,9 @@ def test_no_network(cache, monkeypatch):
     monkeypatch.setattr(requests.adapters.HTTPAdapter, 'send', nowhere)
     monkeypatch.setattr('random.uniform', lambda *_: 0.0)
     for name in 'coco', 'flickr30k-large':
-        line = refusal(open_captioner, name)
+        line = refusal(Captioner, name)
         assert CHECKPOINTS[name].drive in line and str(cache / f'{name}.pt') in line
-    assert 'RN50x4' in refusal(open_captioner, 'coco-transformer')
+    assert 'RN50x4' in refusal(Captioner, 'coco-transformer')
     (cache / 'gpt2').unlink()
     torch.save(mlp_layout(), cache / 'coco.pt')
     line = refusal(find_published, 'coco')  # HF_HUB_OFFLINE, see conftest.py
@@ -778,11 +787,15 @@ hub_asking = '''
 import sys, torch
 torch.set_num_threads(1)
 from clipcap.base.files import ClipcapError
-from clipcap.tools.published import open_captioner
+from clipcap.image import Captioner
 from PIL import Image
 for name in sys.stdin:
-    try: captioner = open_captioner(name.strip(), 'cpu'); print(len(captioner.caption(Image.linear_gradient('L'))), captioner.tower.features, captioner.tower.dim, flush=True)
-    except ClipcapError as error: print(error, flush=True)
+    try:
+        captioner = Captioner(name.strip(), 'cpu')
+        captions = captioner.caption(Image.linear_gradient('L'))
+        print(len(captions), captioner.tower.features, captioner.tower.dim, flush=True)
+    except ClipcapError as error:
+        print(error, flush=True)
 '''
 
 
