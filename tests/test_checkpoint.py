@@ -39,6 +39,7 @@ def test_what_differs_is_named():
     assert differing(before, dict(rate=0.1, sizes=(1, 2), gone=3), {}) == []
     assert differing(before, dict(rate=0.2, sizes=(1, 2), gone=3), {}) == ['rate 0.1, now 0.2']
     assert differing(before, dict(rate=0.1, sizes=(1, 2)), {}) == ['gone 3, now null']
+    assert differing(dict(a_hash='x'), dict(a_hash='y'), {}) == ['other a']
     now = dict(before, new=5)
     assert differing(before, now, dict(new=5)) == []  # not known then, and as it is by default
     assert differing(before, now, dict(new=4)) == ['new 4, now 5']

@@ -69,7 +69,9 @@ def differing(
     for name in [*now, *(name for name in before if name not in now)]:
         old = before.get(name, usual.get(name))
         new = now.get(name, usual.get(name))
-        if old != new:
+        if old != new and name.endswith('_hash'):
+            found.append(f'other {name.removesuffix("_hash")}')
+        elif old != new:
             found.append(f'{name} {_value(old)}, now {_value(new)}')
     return found
 
