@@ -279,7 +279,7 @@ def test_the_cover_of_a_record_is_no_picture(tmp_path, writer):
     with av.open(str(tmp_path / 'cover.m4a'), 'w', 'mp4') as out:
         cover = out.add_stream('mjpeg', rate=1)
         cover.width, cover.height, cover.pix_fmt = 64, 64, 'yuvj420p'
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         packets = silence(out, 2)
         packets += cover.encode(av.VideoFrame.from_ndarray(grey(0, (64, 64)), 'rgb24'))
         for packet in [*packets, *cover.encode(None)]:
