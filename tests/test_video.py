@@ -145,9 +145,9 @@ def cues_of(path, moments, decoder=None):
 @pytest.fixture
 def numbers(monkeypatch):
     "The command's captions are numbers of frames"
-    from clipcap.tools import published
+    from clipcap import image
 
-    monkeypatch.setattr(published, 'open_captioner', lambda *_: Numbers())
+    monkeypatch.setattr(image, 'Captioner', lambda *_: Numbers())
 
 
 @pytest.fixture(params=list(DECODERS))
@@ -465,9 +465,9 @@ def test_languages_without_spaces(tmp_path, monkeypatch):
         def caption(self, images, options=None):
             return [CHINESE[number_of(image) // 10] for image in images]
 
-    from clipcap.tools import published
+    from clipcap import image
 
-    monkeypatch.setattr(published, 'open_captioner', lambda *_: Chinese())
+    monkeypatch.setattr(image, 'Captioner', lambda *_: Chinese())
     path = film(tmp_path / 'six.mp4', range(0, 6000, 100))
     printed, _ = clipcap('video', path, '--every', 1, '--lang', 'zh', '--format', 'all')
     assert [line.split('\t')[1] for line in printed.splitlines()] == CHINESE

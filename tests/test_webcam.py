@@ -253,7 +253,7 @@ def test_a_dripping_address_is_given_up(monkeypatch):
 @pytest.fixture
 def fake(monkeypatch):
     "A captioner that tells the number of the frame, or which side is darker"
-    from clipcap.tools import published
+    from clipcap import image
 
     class Captioner:
         def caption(self, images, options):
@@ -262,7 +262,7 @@ def fake(monkeypatch):
                 return [f'frame {number_of(images[0])}']
             return ['left' if pixels[0] < pixels[-1] else 'right']
 
-    monkeypatch.setattr(published, 'open_captioner', lambda *_: Captioner())
+    monkeypatch.setattr(image, 'Captioner', lambda *_: Captioner())
 
 
 def printed_captions(source, *options):

@@ -10,7 +10,6 @@ __all__ = ['FORMATS', 'find_photos', 'file_name', 'CaptionWriter', 'print_captio
 import csv
 import errno
 import hashlib
-import json
 import os
 import sys
 import unicodedata
@@ -338,7 +337,7 @@ def caption(
     _check_elsewhere(photos, {'--render': render, '--explain': explain})
 
     from clipcap.generate import GenerationOptions
-    from clipcap.tools.published import open_captioner
+    from clipcap.image import Captioner
 
     options = GenerationOptions(
         beams, temperature, top_p, top_k, candidates, max_length, seed, published
@@ -346,7 +345,7 @@ def caption(
     total = len(photos) + len(faults)
     results = ()
     if photos:
-        captioner = open_captioner(model, device, batch_size)
+        captioner = Captioner(model, device, batch_size)
         results = _captions(captioner, photos, options, faults, render, explain)
     if files:
         save_captions(results, files)

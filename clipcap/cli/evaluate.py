@@ -161,9 +161,9 @@ def _runs(data, predictions, model, sizes, device, batch_size, skipped):
         yield _Run(one_line(predictions.stem), '', captions)
         return
     from clipcap.generate import GenerationOptions
-    from clipcap.tools.published import open_captioner
+    from clipcap.image import Captioner
 
-    captioner = open_captioner(model, device, batch_size)
+    captioner = Captioner(model, device, batch_size)
     photos = data.photos
     for size in sizes:
         options = GenerationOptions(beams=size)

@@ -356,9 +356,9 @@ def video(
 
     @cache
     def captioner():
-        from clipcap.tools.published import open_captioner
+        from clipcap.image import Captioner
 
-        return open_captioner(model, device, batch_size)
+        return Captioner(model, device, batch_size)
 
     for clip, name in opened:
         captioner()

@@ -160,11 +160,11 @@ def webcam(
 
     from clipcap.base.words import as_sentence
     from clipcap.generate import GenerationOptions
-    from clipcap.tools.published import open_captioner
+    from clipcap.image import Captioner
     from clipcap.webcam import as_callable, open_camera
 
     options = GenerationOptions(beams, temperature, seed=seed)
-    caption_one = as_callable(open_captioner(model, device, 1), options)
+    caption_one = as_callable(Captioner(model, device, 1), options)
 
     def caption(picture):
         return as_sentence(' '.join(caption_one(picture).split()))
