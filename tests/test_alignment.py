@@ -228,8 +228,9 @@ def test_it_finds_the_photos_and_the_regions(world, trained):
             one, other = held[i]
             words, _ = aligner.read(*aligner.encode([f'a {things[one]} and a {things[other]}']))
             seen = aligner.see(torch.tensor(store[[i]], dtype=torch.float32))[0, 1:]
-            right += [(seen @ words[0, t]).argmax().item() for t in (1, 4)] == places[i].tolist()
-    assert right >= 8  # by chance less than one
+            found = [(seen @ words[0, t]).argmax().item() for t in (1, 4)]
+            right += sum(a == b for a, b in zip(found, places[i], strict=True))
+    assert right >= 12  # of 24; by chance 6, and 18 to 24 with five seeds, one thread and two
 
 
 def test_saved_and_loaded(world, trained):
