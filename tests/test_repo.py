@@ -200,7 +200,7 @@ def test_nothing_is_exported_that_nobody_tries():
 @each_notebook
 def test_notebook_stores_small_plain_outputs(path):
     outputs = [o for c in read(path)['cells'] for o in c.get('outputs', [])]
-    assert path.stat().st_size <= 500_000
+    assert path.stat().st_size <= 300_000
     errors = [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
     assert not errors
     assert not [k for o in outputs for k in o.get('data', {}) if 'widget' in k]
