@@ -17,7 +17,6 @@ from typing import Annotated
 import typer
 
 from ..base.files import ClipcapError, lock, one_line, write_json
-from .align import renaming
 from clipcap.cli.base import (
     MEASURE,
     BatchSize,
@@ -28,6 +27,7 @@ from clipcap.cli.base import (
     complain,
     end_with,
 )
+from .train import with_old_names
 
 # %% ../../nbs/cli/06_evaluate.ipynb #16-005
 def _spread_beams(args):
@@ -41,7 +41,7 @@ def _spread_beams(args):
     return spread
 
 
-class EvaluateCommand(renaming({'--data': '', '--clip': '--clip-model'})):
+class EvaluateCommand(with_old_names({'--data': None, '--clip': '--clip-model'})):
     "A command whose --beams takes any number of values, and that knows older names of options"
 
     def parse_args(self, ctx, args):
