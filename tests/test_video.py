@@ -256,6 +256,10 @@ def test_av1(tmp_path, numbers):
 def test_av1_without_pyav_is_named(tmp_path, monkeypatch, numbers):
     path = film(tmp_path / 'clip.mp4', range(0, 400, 40), codec='libsvtav1')
     monkeypatch.setitem(sys.modules, 'av', None)
+    import cv2
+
+    if cv2.VideoCapture(str(path)).read()[0]:
+        pytest.skip('this OpenCV decodes AV1 itself')
     line = complaint('video', path)
     assert 'AV01' in line and 'pip install av' in line and str(path) in line
 
