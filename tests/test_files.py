@@ -300,6 +300,37 @@ with lock({str(tmp_path / 'run')!r}):
     assert names(tmp_path) == ['run'] and names(tmp_path / 'run') == []
 
 
+@posix
+def test_a_signal_within_a_finaliser_is_not_lost():
+    code = """
+import os, signal, time
+from clipcap.base.files import end_cleanly_on_sigterm
+end_cleanly_on_sigterm()
+class Closing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # the exception is raised, and dropped, here
+            pass
+Closing()
+time.sleep(60)
+"""
+    ended = subprocess.run([sys.executable, '-c', code], timeout=30, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, b'')
+
+
+def test_other_faults_of_a_finaliser_are_still_reported():
+    code = """
+from clipcap.base.files import end_cleanly_on_sigterm
+end_cleanly_on_sigterm()
+class Closing:
+    def __del__(self):
+        raise ValueError('unclosed')
+Closing()
+"""
+    ended = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0 and 'ValueError: unclosed' in ended.stderr
+
+
 # ---- the lock
 HOLDER = """
 import sys

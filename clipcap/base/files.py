@@ -24,6 +24,7 @@ import time
 import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import isfinite
 from pathlib import Path, PurePosixPath
 
@@ -456,8 +457,23 @@ def write_folder(
     return folder
 
 # %% ../../nbs/base/00_files.ipynb #0fi-027
+class _Ended(SystemExit):
+    "The system has asked this process to end"
+
+
 def _end(number, frame):
-    raise SystemExit(128 + number)
+    raise _Ended(128 + number)
+
+
+def _end_later(number):
+    "Send this process the signal again, soon"
+    if hasattr(signal, 'pthread_kill'):
+        send = partial(signal.pthread_kill, threading.main_thread().ident, number)
+    else:
+        send = partial(signal.raise_signal, number)
+    timer = threading.Timer(0.02, send)
+    timer.daemon = True
+    timer.start()
 
 
 def end_cleanly_on_sigterm():
@@ -468,6 +484,16 @@ def end_cleanly_on_sigterm():
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
+    before = sys.unraisablehook
+
+    def unraisable(fault):
+        # Python drops what is raised within `__del__` or a callback from C: the signal would be lost
+        if isinstance(fault.exc_value, _Ended):
+            _end_later(fault.exc_value.code - 128)
+        else:
+            before(fault)
+
+    sys.unraisablehook = unraisable
 
 # %% ../../nbs/base/00_files.ipynb #0fi-030
 _CALLED = {
