@@ -178,6 +178,8 @@ def reward_loss(
     "Sample captions, reward them, and give the loss that makes the better ones likelier"
     prefix = model.mapper(features)
     ids, mask = sample_tokens(model, prefix.detach(), config.samples, config.max_length)
+    # torch 2.6 keeps the weights that autocast made here, which have no gradient
+    torch.clear_autocast_cache()
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
     ended = ((ids == model.tokenizer.eos_token_id) & (mask == 1)).any(1).tolist()
     of_captions = np.repeat(images, config.samples)
