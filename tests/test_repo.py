@@ -19,6 +19,7 @@ nbs, lib = root / 'nbs', root / 'clipcap'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 modules = sorted(lib.rglob('[!_]*.py'))
 WINGS = ['base', '', 'methods', 'tools', 'cli']  # a wing imports only from those before it
+SOLUTIONS = ['solutions', 'solutions/methods']  # of the lessons' exercises: they export nothing
 last_cell = '#| hide\nimport nbdev\n\nnbdev.nbdev_export()'
 
 
@@ -27,6 +28,8 @@ def named(folder):
 
 
 each_notebook = pytest.mark.parametrize('path', notebooks, ids=named(nbs))
+solutions = [p for p in notebooks if p.is_relative_to(nbs / 'solutions')]
+each_solution = pytest.mark.parametrize('path', solutions, ids=named(nbs))
 each_module = pytest.mark.parametrize('path', modules, ids=named(lib))
 
 
@@ -103,7 +106,8 @@ def test_package_is_what_the_notebooks_export(tmp_path):
 
 
 def test_notebooks_are_numbered_and_each_has_a_module_of_its_own():
-    assert {p.parent.relative_to(nbs).as_posix() for p in notebooks} <= {w or '.' for w in WINGS}
+    wings = {w or '.' for w in WINGS} | set(SOLUTIONS)
+    assert {p.parent.relative_to(nbs).as_posix() for p in notebooks} <= wings
     assert all(re.fullmatch(r'\d\d_[a-z_]+', p.stem) for p in notebooks)
     places = [(p.parent, p.name[:2]) for p in notebooks]
     assert len(set(places)) == len(places), 'a number twice in one wing'
@@ -153,6 +157,8 @@ def test_notebook_has_a_title_and_exports_at_its_end(path):
     cells, sources = read(path)['cells'], code(path)
     first = ''.join(cells[0]['source'])
     assert re.match(r'# .+\n\s*> .+', first), 'begin with "# Title" and "> one line"'
+    if path in solutions:
+        return
     assert sources[-1] == ''.join(cells[-1]['source']) == last_cell, f'end with:\n{last_cell}'
     hidden = any('nbdev_export(' in s for s in sources[:-1])
     assert not hidden, 'nbdev_test skips a cell with nbdev_export('
@@ -162,6 +168,18 @@ def test_notebook_has_a_title_and_exports_at_its_end(path):
 def test_notebook_checks_something(path):
     tried = '\n'.join(s for s in code(path) if not is_export(s))
     assert re.search(r'(?m)^\s*(assert\b|test_\w+\(|with pytest\.raises|refusal\()', tried)
+
+
+@each_solution
+def test_solutions_export_nothing_and_their_lesson_names_them(path):
+    exports = [s for s in code(path) if '#| export' in s or '#| default_exp' in s or 'nbdev' in s]
+    assert not exports
+    lesson = nbs / path.relative_to(nbs / 'solutions')
+    assert lesson.is_file(), 'solutions have the number and name of their lesson'
+    up = '../' if lesson.parent.name == 'methods' else ''
+    link = f'({up}{path.relative_to(nbs).as_posix()})'
+    text = '\n'.join(''.join(c['source']) for c in read(lesson)['cells'])
+    assert link in text, f'{lesson.name}: link the solutions: {link}'
 
 
 def names_in(text):
