@@ -487,7 +487,7 @@ def end_cleanly_on_sigterm():
     before = sys.unraisablehook
 
     def unraisable(fault):
-        # Python drops what is raised within `__del__` or a callback from C: the signal would be lost
+        # Python drops what `__del__` or a callback from C raises: the signal would be lost
         if isinstance(fault.exc_value, _Ended):
             _end_later(fault.exc_value.code - 128)
         else:
