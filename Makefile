@@ -51,8 +51,8 @@ lab: $(VENV)/dev.stamp  ## Open the notebooks in JupyterLab
 bench: $(VENV)/dev.stamp  ## Measure speed and memory
 	$(PY) benchmarks/bench.py $(ARGS)
 
-results: $(VENV)/dev.stamp  ## Train and score every family (DATA=Flickr8k's folder TOWER=a MobileNetV2 WORK=a folder)
-	$(PY) benchmarks/results.py $(DATA) $(TOWER) $(WORK)
+results: $(VENV)/dev.stamp  ## Make the table of what is there; with DATA=Flickr8k TOWERS=... WORK=... train what is missing first
+	$(PY) benchmarks/results.py $(DATA) $(TOWERS) $(WORK)
 
 clean:  ## Remove what builds and tests leave behind (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache _proc .venv-newest .venv-lowest .newest.tmp .lowest.tmp
