@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pixels_of', 'look', 'hypercolumn', 'on_cpu_for_mps', 'features_of', 'quiet', 'best_device', 'hub_answers',
-           'check_finite', 'load_vision_model', 'fingerprint', 'VisionTower', 'pixel_batches', 'embed_images']
+           'load_options', 'check_finite', 'load_vision_model', 'fingerprint', 'VisionTower', 'pixel_batches',
+           'embed_images']
 
 # %% ../nbs/02_embed.ipynb #01-002
 import hashlib
@@ -214,6 +215,14 @@ def hub_answers() -> bool:
     return False
 
 
+def load_options(
+    name: str | Path,  # a transformers folder, or a model of the Hugging Face Hub
+) -> dict:  # for `from_pretrained`
+    "How every model is opened: without code of its own; from this machine, if the Hub is silent"
+    here = Path(name).is_dir() or not hub_answers()
+    return dict(trust_remote_code=False, local_files_only=here)
+
+
 def _vision_half(config):
     # the config and the class of the half that sees
     vision = getattr(config, 'vision_config', config)
@@ -254,12 +263,11 @@ def load_vision_model(
     device: str = None,  # cpu, cuda, mps ...; None: the fastest there is
 ) -> tuple:  # the vision model in float32, and its image processor
     "The vision half of a transformers model; `ClipcapError` where there is none, or half of one"
-    name, here, device = str(name), Path(name).is_dir(), device or best_device()
+    name, device = str(name), device or best_device()
     try:
-        if not here and not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', name):
+        if not Path(name).is_dir() and not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', name):
             raise ValueError('no such folder')
-        # never code that a model brings with it, whoever is asked and answers
-        options = dict(trust_remote_code=False, local_files_only=here or not hub_answers())
+        options = load_options(name)
         with quiet():
             config, kind = _vision_half(AutoConfig.from_pretrained(name, **options))
             processor = AutoImageProcessor.from_pretrained(name, backend='pil', **options)

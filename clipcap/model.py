@@ -29,7 +29,7 @@ from clipcap.base.files import (
     write_folder,
     write_json,
 )
-from .embed import check_finite, quiet
+from .embed import check_finite, load_options, quiet
 
 # %% ../nbs/03_model.ipynb #02-013
 MAPPERS = ('linear', 'mlp', 'transformer', 'clip-gpt')
@@ -225,8 +225,14 @@ def token_logits(
     ).logits[:, :-1]
 
 # %% ../nbs/03_model.ipynb #02-026-b
-# constants that transformers kept among the weights of GPT-2 until 2023
-_CONSTANTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
+# no weights: constants and counters that older versions kept among them
+_CONSTANTS = (
+    '.attn.bias',
+    '.attn.masked_bias',
+    '.rotary_emb.inv_freq',
+    'num_batches_tracked',
+    'position_ids',
+)
 
 
 def _refuse_not_finite(module, where):
@@ -238,18 +244,22 @@ def _refuse_not_finite(module, where):
 
 def check_weights(
     module: nn.Module,
-    report: dict,  # transformers' loading info: missing_keys, unexpected_keys
+    report: dict,  # from `from_pretrained(..., output_loading_info=True)`
     where: str,  # what the message begins with, such as the folder
     strict: bool = True,  # False: weights that the model has no use for are passed over
 ):
-    "`ClipcapError` where weights are missing, of another model, or not finite"
-    missing = sorted(report['missing_keys'])
-    unexpected = sorted(n for n in report['unexpected_keys'] if not n.endswith(_CONSTANTS))
-    for names, fault in ((missing, 'missing'), (unexpected if strict else [], 'of another model')):
+    "`ClipcapError` where weights are missing, of another shape or model, or not finite"
+    unexpected = [name for name in report['unexpected_keys'] if not name.endswith(_CONSTANTS)]
+    faults = {
+        'missing': report['missing_keys'],
+        'of another shape': [name for name, *_ in report.get('mismatched_keys', ())],
+        'of another model': unexpected if strict else [],
+    }
+    for fault, names in faults.items():
         if names:
             raise ClipcapError(
                 f'{where}: damaged or incomplete: {len(names)} weights are {fault}, '
-                f'{names[0]} for one; fetch or train it again'
+                f'{min(names)} for one; fetch or train it again'
             )
     _refuse_not_finite(module, where)
 
@@ -273,11 +283,12 @@ def load_language(
 
     try:
         _register_language(Path(name))
+        options = load_options(name)
         with quiet():
             language, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                name, dtype=torch.float32, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except ClipcapError:
         raise
     except Exception as fault:  # whatever transformers, safetensors and the Hub may raise

@@ -16,6 +16,7 @@ from clipcap.model import (
     CaptionModel,
     MapperConfig,
     caption_room,
+    check_weights,
     load_language,
     read_model_config,
     token_logits,
@@ -44,6 +45,21 @@ def test_a_language_model_that_lacks_a_weight(folder, name):
         CaptionModel.from_pretrained(folder)
     with pytest.raises(ClipcapError, match='missing'):
         load_language(folder / 'language')
+
+
+def test_a_language_model_whose_weights_have_another_shape(folder):
+    change(
+        folder / 'language' / 'model.safetensors',
+        lambda weights: {n: w[:-1] if n.endswith('ln_f.bias') else w for n, w in weights.items()},
+    )
+    with pytest.raises(ClipcapError, match='language: .*') as refused:
+        load_language(folder / 'language')
+    assert '\n' not in str(refused.value)
+    report = dict(
+        missing_keys=set(), unexpected_keys=set(), mismatched_keys={('ln_f.bias', (2,), (3,))}
+    )
+    with pytest.raises(ClipcapError, match='mine: .*of another shape, ln_f.bias'):
+        check_weights(torch.nn.Linear(1, 1), report, 'mine')
 
 
 @pytest.mark.parametrize('part', ['language/model.safetensors', 'model.safetensors'])

@@ -15,7 +15,8 @@ from clipcap.base.config import Recipe
 from clipcap.base.files import lock
 from clipcap.base.scenes import draw_dataset
 from clipcap.cli.train import rename_options, with_settings
-from clipcap.tools.recipe import load_language, new_language
+from clipcap.model import load_language
+from clipcap.tools.recipe import new_language
 
 
 @pytest.fixture(scope='module')

@@ -21,9 +21,10 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from ..base.files import ClipcapError
 from ..base.photos import open_image
 from ..base.pictures import load_font
-from ..embed import VisionTower, best_device, quiet
+from ..embed import VisionTower, best_device, load_options, quiet
 from ..image import load_tower
-from .retrieval import check_loaded, reason_of
+from .retrieval import reason_of
+from ..model import check_weights
 
 # %% ../../nbs/methods/04_regions.ipynb #rg-006
 def _scale_of(processor, width, height):
@@ -158,19 +159,18 @@ class Detector:
     ):
         self.name = str(name)
         try:
+            options = load_options(name)
             with quiet():
                 model, report = AutoModelForObjectDetection.from_pretrained(
-                    name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                    name, dtype=torch.float32, output_loading_info=True, **options
                 )
-                check_loaded(model, report)
-                self.processor = AutoImageProcessor.from_pretrained(
-                    name, backend='pil', trust_remote_code=False
-                )
+                self.processor = AutoImageProcessor.from_pretrained(name, backend='pil', **options)
         except Exception as error:  # whatever transformers and the Hub may raise
             raise ClipcapError(
                 f'detector {name}: {reason_of(error)}; give an object detector of transformers, '
                 'by folder or name on the Hub, such as facebook/detr-resnet-50'
             ) from error
+        check_weights(model, report, f'detector {name}')
         self.model = model.eval().to(device or best_device())
 
     @torch.inference_mode()
