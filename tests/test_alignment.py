@@ -642,7 +642,7 @@ def test_one_broken_photo_ends_neither_align_nor_search(scenes, clip, tmp_path):
     assert 'epoch 2: loss' in shown and any(broken.name in line for line in named)
     assert (run / 'best' / 'model.safetensors').exists()
     for model in run, clip:
-        search = ['search', 'a red ball', tmp_path / 'data', '-m', model, '-n', 30]
+        search = ['search', tmp_path / 'data', 'a red ball', '-m', model, '-n', 30]
         shown, named = clipcap(*search, '--device', 'cpu', code=1)
         assert len(shown.splitlines()) == 23 and broken.name not in shown
         assert any(broken.name in line for line in named)
@@ -653,14 +653,14 @@ def test_older_names_of_options(scenes, tmp_path):
     clipcap('align', '--data', scenes, '--model-out', run, *LEARN)
     clipcap('align', f'--data={scenes}', f'--model-out={run}', *LEARN)
     old = ['--model', run, '--top', 2, '--sheet', tmp_path / 'found.png', '--device', 'cpu']
-    shown, _ = clipcap('search', 'a red ball', scenes, *old)
+    shown, _ = clipcap('search', 'a red ball', scenes, *old)  # and their order
     assert len(shown.splitlines()) == 2 and (tmp_path / 'found.png').exists()
 
 
 def test_places_that_cannot_be_written_are_refused_before_the_work(scenes, tmp_path):
     (tmp_path / 'file').write_text('')
     assert 'cannot be written' in complaint('align', scenes, '-o', tmp_path / 'file', *LEARN)
-    refused = complaint('search', 'a', scenes, '-m', 'none', '-o', tmp_path / 'file' / 'x.png')
+    refused = complaint('search', scenes, 'a', '-m', 'none', '-o', tmp_path / 'file' / 'x.png')
     assert str(tmp_path / 'file') in refused
 
 
@@ -673,7 +673,7 @@ def test_commands(scenes, clip, tmp_path):
     assert 'otherwise' in complaint(*learn, '--rate', 0.1)
     clipcap(*learn, '--rate', 'inf', code=2)
 
-    search = ['search', 'a red ball', scenes, '--model', tmp_path / 'run', '--device', 'cpu']
+    search = ['search', scenes, 'a red ball', '--model', tmp_path / 'run', '--device', 'cpu']
     sheet, store = tmp_path / 'found.png', tmp_path / 'run' / 'features'
     shown, _ = clipcap(*search, '-n', 3, '--output', sheet, '--store', store)
     lines = [line.split('\t') for line in shown.splitlines()]
@@ -682,9 +682,9 @@ def test_commands(scenes, clip, tmp_path):
     for photo, _, box in lines:
         assert Path(photo).is_file() and len(box.split(',')) == 4
     assert Image.open(sheet).width > 900
-    by_clip = ['search', 'a star', scenes / 'images', '--model', clip, '-n', 2, '--device', 'cpu']
+    by_clip = ['search', scenes / 'images', 'a star', '--model', clip, '-n', 2, '--device', 'cpu']
     assert len(clipcap(*by_clip)[0].splitlines()) == 2
-    assert 'no-model' in complaint('search', 'a', scenes, '--model', tmp_path / 'no-model')
+    assert 'no-model' in complaint('search', scenes, 'a', '--model', tmp_path / 'no-model')
     assert 'no captions file' in complaint('align', tmp_path, '-o', tmp_path / 'x')
 
 

@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 from conftest import clipcap, complaint
 from PIL import Image
+from typer.main import get_command
 
 from clipcap.base.photos import list_images
 from clipcap.base.scenes import draw_dataset
+from clipcap.cli.main import app
 
 command = [sys.executable, '-m', 'clipcap.cli.main']
 offline = dict(HTTP_PROXY='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9', NO_PROXY='')
@@ -101,7 +103,30 @@ def test_commands_stand_in_groups():
         'Models': 'models legacy',
     }.items():
         listed = re.findall(r'^  ([a-z]\S*)', commands[group], re.M)
-        assert sorted(listed) == sorted(names.split()), group
+        assert listed == names.split(), group
+        assert '...' not in commands[group], 'a description is cut'
+
+
+SHORT = {'--model': '-m', '--output': '-o', '--format': '-f', '--number': '-n'}
+
+
+def test_one_name_for_one_thing():
+    for name, command in get_command(app).commands.items():
+        if command.hidden:
+            continue
+        given = [p for p in command.params if p.param_type_name == 'argument']
+        assert not any(p.metavar == 'DATA' for p in given[1:]), f'{name}: DATA comes first'
+        for option in command.params:
+            if option in given:
+                assert option.metavar == option.metavar.upper()
+                continue
+            for long, short in SHORT.items():
+                assert (long in option.opts) == (short in option.opts), f'{name} {option.opts}'
+            if option.metavar in ('NUMBER', 'SECONDS', 'PIXELS'):
+                _, text = option.get_help_record(
+                    command.make_context(name, [], resilient_parsing=True)
+                )
+                assert 'x<=' in text or 'x>=' in text, f'{name} {option.opts} has no bounds'
 
 
 def test_completion_prints_a_script():

@@ -14,7 +14,7 @@ from PIL import Image
 from clipcap.base.config import Recipe
 from clipcap.base.files import lock
 from clipcap.base.scenes import draw_dataset
-from clipcap.cli.train import rename_options, with_settings
+from clipcap.cli.base import rename_options, with_settings
 from clipcap.model import load_language
 from clipcap.tools.recipe import new_language
 

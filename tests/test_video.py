@@ -250,7 +250,7 @@ def test_av1(tmp_path, numbers):
     path = film(tmp_path / 'clip.mp4', range(0, 2000, 40), codec='libsvtav1')
     cues, _ = cues_of(path, [0, 1000])
     assert [(cue.start, cue.text) for cue in cues] == [(0, 'Number 0.'), (1000, 'Number 25.')]
-    clipcap('video', path, '-N', 2)
+    clipcap('video', path, '-n', 2)
 
 
 def test_av1_without_pyav_is_named(tmp_path, monkeypatch, numbers):

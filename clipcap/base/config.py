@@ -225,7 +225,10 @@ class Parts(Settings):
         choices=FEATURES,
     )
     image_size: int | None = setting(
-        None, 'Squash photos to this many pixels a side.', low=1, high=4096
+        None,
+        'Squash photos to this many pixels a side, instead of what the tower does by itself.',
+        low=1,
+        high=4096,
     )
     language: str | None = setting(
         None,

@@ -6,27 +6,31 @@
 __all__ = ['WAYS', 'align', 'search']
 
 # %% ../../nbs/cli/05_align.ipynb #ca-003
+import os
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from ..base.config import AlignConfig, setting_type
+from ..base.config import AlignConfig
 from clipcap.cli.base import (
     FIND,
     TRAIN,
     Data,
     Device,
     ImageSize,
-    RandomSeed,
+    PhotoData,
+    Run,
+    Store,
+    Tower,
     app,
     check_output,
     end_with,
+    with_old_names,
+    with_settings,
 )
-from .train import with_old_names
 
 # %% ../../nbs/cli/05_align.ipynb #ca-006
 WAYS = ('photo to caption', 'caption to photo')
@@ -52,40 +56,15 @@ def _best_epoch(history):
     return f'epoch {best.epoch:.0f}\n{table.T.round(3).to_string()}'
 
 # %% ../../nbs/cli/05_align.ipynb #ca-007
-def _setting(name):
-    "An option for a setting of `AlignConfig`: None where it is not given"
-    [known] = [field for field in fields(AlignConfig) if field.name == name]
-    bounds = known.metadata
-    option = typer.Option(
-        min=bounds['low'],
-        max=bounds['high'],
-        metavar='NUMBER',
-        help=f'{bounds["help"]}  [default: {known.default}]',
-        show_default=False,
-    )
-    return Annotated[setting_type(known)[0] | None, option]
+_SETTINGS = ['epochs', 'sum_epochs', 'batch_size', 'rate', 'space', 'precision', 'seed']
 
 
 @app.command(rich_help_panel=TRAIN, cls=with_old_names({'--data': None, '--model-out': '--output'}))
+@with_settings(AlignConfig, _SETTINGS)
 def align(
     data: Data,
-    output: Annotated[
-        Path,
-        typer.Option(
-            '--output',
-            '-o',
-            metavar='DIR',
-            help='Gets the model, as best/. Started again with the same settings the run goes on.',
-            show_default=False,
-        ),
-    ],
-    tower: Annotated[
-        str,
-        typer.Option(
-            metavar='NAME',
-            help='A vision model, by folder or owner/name (Hub), or a caption model.',
-        ),
-    ] = 'tiny',
+    output: Run,
+    tower: Tower = 'tiny',
     image_size: ImageSize = None,
     cells: Annotated[
         int,
@@ -102,38 +81,17 @@ def align(
             metavar='NAME',
             help='Boxes instead of cells: an object detector of transformers '
             '(facebook/detr-resnet-50) or torchvision (fasterrcnn_resnet50_fpn).',
-            show_default=False,
         ),
     ] = None,
     boxes: Annotated[
         int, typer.Option(min=1, max=1000, metavar='NUMBER', help='Boxes per photo.')
     ] = 19,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            metavar='DIR',
-            help='The features, made where they are missing.  [default: OUTPUT/features]',
-            show_default=False,
-        ),
-    ] = None,
-    epochs: _setting('epochs') = None,
-    sum_epochs: _setting('sum_epochs') = None,
-    batch_size: _setting('batch_size') = None,
-    rate: _setting('rate') = None,
-    space: _setting('space') = None,
-    precision: Annotated[
-        Literal['fp32', 'bf16', 'fp16'],
-        typer.Option(metavar='fp32|bf16|fp16', help='Half precision is faster on most GPUs.'),
-    ] = 'fp32',
-    seed: RandomSeed = 0,
+    store: Store = None,
     device: Device = None,
+    **settings,
 ):
     "Learn which words belong to which part of a photo."
-    given = dict(
-        epochs=epochs, sum_epochs=sum_epochs, batch_size=batch_size, rate=rate, space=space
-    )
-    given = {name: value for name, value in given.items() if value is not None}
-    config = AlignConfig(precision=precision, seed=seed, **given)
+    config = AlignConfig(**settings)
     check_output(output)
     from clipcap.methods.phrases import align_dataset
     from clipcap.methods.regions import open_regions
@@ -145,19 +103,15 @@ def align(
     )
     if 'score' in history:
         typer.echo(_best_epoch(history))
-    typer.echo(f'Now try: clipcap search "a red ball" {data} --model {output}')
-    if skipped:
-        end_with(list(skipped), len(skipped) + 1, 'photos could not be read and are left out')
+    typer.echo(f'Now try: clipcap search {data} "a red ball" --model {output}')
+    end_with(list(skipped), what='photos could not be read and are left out')
 
 # %% ../../nbs/cli/05_align.ipynb #ca-010
 @app.command(rich_help_panel=FIND, cls=with_old_names({'--sheet': '--output', '--top': '--number'}))
 def search(
+    data: PhotoData,
     phrase: Annotated[
-        str, typer.Argument(help='What to look for: "a red ball".', show_default=False)
-    ],
-    folder: Annotated[
-        Path,
-        typer.Argument(metavar='DATA', help='Photos, or a data set.', show_default=False),
+        str, typer.Argument(metavar='PHRASE', help='What to look for: "a red ball".')
     ],
     model: Annotated[
         str,
@@ -166,7 +120,6 @@ def search(
             '-m',
             metavar='NAME',
             help='The folder of a `clipcap align` run; or a CLIP, by folder or owner/name.',
-            show_default=False,
         ),
     ],
     number: Annotated[
@@ -180,7 +133,6 @@ def search(
             '-o',
             metavar='FILE',
             help='Also draw them, with their boxes, into this picture.',
-            show_default=False,
         ),
     ] = None,
     store: Annotated[
@@ -188,12 +140,13 @@ def search(
         typer.Option(
             metavar='DIR',
             help="The features of the photos, kept for the next search; a trained aligner's only.",
-            show_default=False,
         ),
     ] = None,
     device: Device = None,
 ):
     "Find photos, and the place in them, by a phrase."
+    if not data.exists() and os.path.exists(phrase):  # PHRASE DATA: the order of older versions
+        data, phrase = Path(phrase), str(data)
     if output:
         check_output(output, folder=False)
     from clipcap.base.files import one_line
@@ -204,7 +157,7 @@ def search(
         warnings.simplefilter('ignore')  # they come with the search
         aligner.words(phrase)  # refused before the photos are looked at
     skipped = {}
-    photos, regions = photos_and_regions(aligner, folder, store, sys.stderr.isatty(), skipped)
+    photos, regions = photos_and_regions(aligner, data, store, sys.stderr.isatty(), skipped)
     found = find_phrase(aligner, phrase, photos, regions, number)
     for hit in found.itertuples():
         box = ','.join(f'{value:.3f}' for value in hit.box)

@@ -26,8 +26,10 @@ from clipcap.cli.base import (
     Beams,
     Candidates,
     Device,
+    Formats,
     MaxLength,
     Model,
+    Render,
     Seed,
     Temperature,
     TopK,
@@ -265,9 +267,7 @@ def _captions(captioner, photos, options, faults, render, explain):
 def caption(
     photos: Annotated[
         list[str],
-        typer.Argument(
-            metavar='PHOTO...', help='Photos, folders, patterns or addresses.', show_default=False
-        ),
+        typer.Argument(metavar='PHOTO...', help='Photos, folders, patterns or addresses.'),
     ],
     model: Model = 'tiny',
     output: Annotated[
@@ -277,20 +277,9 @@ def caption(
             '-o',
             metavar='FILE|DIR',
             help='Write the captions there, as UTF-8, instead of to stdout.',
-            show_default=False,
         ),
     ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            '--format',
-            '-f',
-            metavar='NAME',
-            help='txt (photo, tab, caption), csv, json; several with commas, or all, with --output.'
-            '  [default: txt]',
-            show_default=False,
-        ),
-    ] = None,
+    format: Formats = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -304,23 +293,14 @@ def caption(
             '--published/--own',
             help="How another project's checkpoint decodes: as its authors did, or as ours do. "
             'As its authors did, where that is enough.',
-            show_default=False,
         ),
     ] = None,
-    render: Annotated[
-        Path | None,
-        typer.Option(
-            metavar='DIR',
-            help='Also draw each caption under its photo, into this folder.',
-            show_default=False,
-        ),
-    ] = None,
+    render: Render = None,
     explain: Annotated[
         Path | None,
         typer.Option(
             metavar='DIR',
             help='Also draw what each word looked at, as PNG, into this folder.',
-            show_default=False,
         ),
     ] = None,
     device: Device = None,
@@ -362,7 +342,9 @@ def demo(
     ] = Path('clipcap-demo.png'),
     device: Device = None,
 ):
-    "Caption a photo and some drawn scenes, offline, and show them in one picture."
+    """Caption a photo and some drawn scenes, in one picture.
+
+    Offline, with the model that comes with the package."""
     import random
 
     import matplotlib

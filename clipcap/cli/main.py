@@ -11,8 +11,11 @@ import sys
 
 from ..base.files import end_cleanly_on_sigterm
 
-# their commands join `app`
-from . import align, caption, evaluate, models, train, video, webcam  # noqa: F401
+# their commands join `app`, in the order of its help
+# isort: off
+from . import caption, video, webcam, train, align, evaluate, models  # noqa: F401
+
+# isort: on
 from .base import app, complain
 
 # %% ../../nbs/cli/10_main.ipynb #16-006

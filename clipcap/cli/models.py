@@ -20,10 +20,10 @@ from .base import MODELS, app, complain, end_with
 def models(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar='NAME...', help='Fetch these now instead.', show_default=False),
+        typer.Argument(metavar='NAME...', help='Fetch these now instead.'),
     ] = None,
 ):
-    "List the models that have a name: size, licence, and whether they are here."
+    "List the models that have a name, or fetch them now."
     from clipcap.image import find_model
     from clipcap.tools.published import cache_folder, find_published, known_models
 
@@ -115,7 +115,7 @@ def new_command(
 # %% ../../nbs/cli/07_models.ipynb #16-m10
 @app.command(
     rich_help_panel=MODELS,
-    context_settings=dict(ignore_unknown_options=True, help_option_names=[]),
+    context_settings=dict(ignore_unknown_options=True),
 )
 def legacy(
     context: typer.Context,
@@ -124,10 +124,10 @@ def legacy(
     ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar='...', help='Its options, as they were.', show_default=False),
+        typer.Argument(metavar='...', help='Its options, as they were.'),
     ] = None,
 ):
-    "A command of Clip-GPT-Captioning: says what it is called now, and runs that."
+    "Run a command of Clip-GPT-Captioning, and say its new name."
     import shlex
 
     name = program.removesuffix('.py')

@@ -7,11 +7,9 @@ __all__ = ['VIDEO_SUFFIXES', 'FRAME_NAME', 'FRAME_MARK', 'Clips', 'has_namesake'
            'save_frames', 'keep_some', 'choose_samples', 'write_outputs', 'caption_video', 'video', 'v2c']
 
 # %% ../../nbs/cli/09_video.ipynb #cv-002
-import math
 import re
 import sys
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +28,9 @@ from clipcap.cli.base import (
     check_output,
     complain,
     end_with,
+    finite,
     read_names,
+    with_old_names,
 )
 
 # %% ../../nbs/cli/09_video.ipynb #cv-010
@@ -237,15 +237,7 @@ def caption_video(
     return cues
 
 # %% ../../nbs/cli/09_video.ipynb #14-044
-Clips = Annotated[
-    list[Path], typer.Argument(metavar='VIDEO...', help='Video files.', show_default=False)
-]
-
-
-def _check_every(value: float | None):
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f'{value} is no number of seconds')
-    return value
+Clips = Annotated[list[Path], typer.Argument(metavar='VIDEO...', help='Video files.')]
 
 
 def _check_lang(value: str):
@@ -254,19 +246,18 @@ def _check_lang(value: str):
     return value
 
 
-@app.command(rich_help_panel=CAPTION)
+@app.command(rich_help_panel=CAPTION, cls=with_old_names({'-N': '--number'}))
 def video(
     clips: Clips,
     number: Annotated[
         int | None,
         typer.Option(
             '--number',
-            '-N',
+            '-n',
             min=1,
             max=100_000,
             metavar='NUMBER',
             help='Frames to caption, evenly spaced; 10 where nothing else is asked for.',
-            show_default=False,
         ),
     ] = None,
     every: Annotated[
@@ -275,9 +266,8 @@ def video(
             min=0.001,
             max=86_400,
             metavar='SECONDS',
-            callback=_check_every,
+            callback=finite,
             help='A frame every so many seconds instead.',
-            show_default=False,
         ),
     ] = None,
     scenes: Annotated[
@@ -321,16 +311,15 @@ def video(
         typer.Option(
             '--output',
             '-o',
-            metavar='FOLDER',
+            metavar='DIR',
             help='Where the files go; beside each video by default.',
-            show_default=False,
         ),
     ] = None,
     device: Device = None,
     batch_size: BatchSize = 16,
 ):
-    "Caption videos: subtitles that begin with the frames they describe."
-    if sum(wanted is not None and wanted is not False for wanted in (number, every, scenes)) > 1:
+    "Caption videos, as subtitles that begin with their frames."
+    if sum(map(bool, (number, every, scenes))) > 1:
         raise typer.BadParameter('give one of --number, --every and --scenes')
     from clipcap.base.subtitles import FORMATS, timestamp
 
@@ -354,18 +343,15 @@ def video(
             faults.append(str(fault))
             complain(fault)
 
-    @cache
-    def captioner():
+    if opened:
         from clipcap.image import Captioner
 
-        return Captioner(model, device, batch_size)
-
+        captioner = Captioner(model, device, batch_size)
     for clip, name in opened:
-        captioner()
         try:
             reader = VideoReader(clip)
             samples = choose_samples(reader, number, every, scenes)
-            cues = caption_video(reader, samples, captioner(), options, batch_size, name, outputs)
+            cues = caption_video(reader, samples, captioner, options, batch_size, name, outputs)
         except (ClipcapError, OSError) as fault:
             faults.append(str(fault))
             complain(fault)
@@ -382,7 +368,7 @@ def video(
 # %% ../../nbs/cli/09_video.ipynb #14-045
 @app.command(hidden=True)
 def v2c(
-    clip: Annotated[Path, typer.Option('-V', '--video', metavar='VIDEO', show_default=False)],
+    clip: Annotated[Path, typer.Option('-V', '--video', metavar='VIDEO')],
     number: Annotated[int, typer.Option('--number', '-N', min=1, max=100_000)] = 10,
     model: Model = 'tiny',
     device: Device = None,

@@ -6,7 +6,6 @@
 __all__ = ['TITLE', 'print_captions', 'show_captions', 'can_show', 'open_window', 'webcam']
 
 # %% ../../nbs/cli/03_webcam.ipynb #cw-002
-import math
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from .base import CAPTION, Device, Model, Seed, Temperature, app
+from .base import CAPTION, Device, Model, Seed, Temperature, app, finite
 
 # %% ../../nbs/cli/03_webcam.ipynb #cw-007
 def print_captions(
@@ -97,12 +96,6 @@ def open_window():  # gives a function that shows a picture, and returns false a
         cv2.destroyAllWindows()
 
 # %% ../../nbs/cli/03_webcam.ipynb #cw-017
-def _check_pause(value: float):
-    if not math.isfinite(value):
-        raise typer.BadParameter(f'{value} is no number of seconds')
-    return value
-
-
 @app.command(rich_help_panel=CAPTION)
 def webcam(
     source: Annotated[
@@ -132,7 +125,7 @@ def webcam(
             min=0,
             max=3600,
             metavar='SECONDS',
-            callback=_check_pause,
+            callback=finite,
             help='Between captions.',
         ),
     ] = 0.0,
@@ -146,7 +139,6 @@ def webcam(
             max=10**9,
             metavar='NUMBER',
             help='End after so many captions.',
-            show_default=False,
         ),
     ] = None,
     device: Device = None,
