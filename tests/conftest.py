@@ -56,3 +56,15 @@ def complaint(*arguments):
     assert line.startswith('clipcap: ')
     assert 'Traceback' not in line
     return line
+
+
+def refusal(function, *arguments, **options):
+    "The one line with which a function refuses"
+    from clipcap.base.files import ClipcapError
+
+    with pytest.raises(ClipcapError) as caught:
+        function(*arguments, **options)
+    line = str(caught.value)
+    assert '\n' not in line
+    assert len(line) < 700
+    return line

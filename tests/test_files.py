@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import refusal
 from faults import Striking, interrupt, no_space, power_cut
 
 from clipcap.base import files
@@ -29,14 +30,6 @@ from clipcap.base.files import (
 )
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='what only POSIX has')
-
-
-def complaint(function, *arguments, **options):
-    "The single line with which `function` refuses"
-    with pytest.raises(ClipcapError) as caught:
-        function(*arguments, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def names(folder):
@@ -92,7 +85,7 @@ def test_a_failing_fsync_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.EIO, 'Input/output error')
 
     monkeypatch.setattr(os, 'fsync', fails)
-    assert 'Input/output error' in complaint(write_text, tmp_path / 'a.txt', 'new')
+    assert 'Input/output error' in refusal(write_text, tmp_path / 'a.txt', 'new')
     assert (tmp_path / 'a.txt').read_text() == 'old' and names(tmp_path) == ['a.txt']
 
 
@@ -128,7 +121,7 @@ def test_a_file_that_another_has_open_is_waited_for(tmp_path, monkeypatch):
     write_folder(tmp_path / 'model', model('second'))
     assert (tmp_path / 'a.txt').read_text() == 'first' and says(tmp_path / 'model') == 'second'
     left[0] = 99
-    assert 'rights' in complaint(write_text, tmp_path / 'a.txt', 'never')
+    assert 'rights' in refusal(write_text, tmp_path / 'a.txt', 'never')
     assert names(tmp_path) == ['a.txt', 'model']
 
 
@@ -185,13 +178,13 @@ def test_links_pipes_and_devices_stay_what_they_are(tmp_path):
 
 def test_odd_places_are_refused_in_one_line(tmp_path):
     write_text(tmp_path / 'file', '')
-    assert 'a part of this path is a file' in complaint(write_text, tmp_path / 'file' / 'a.txt', '')
-    assert 'this is a folder' in complaint(write_text, tmp_path, '')
-    assert 'shorter name' in complaint(write_text, tmp_path / ('é' * 200), '')
-    assert 'null' in complaint(write_text, tmp_path / 'a\0b', '')
-    assert 'this is a file' in complaint(write_folder, tmp_path / 'file', model(''))
-    assert 'null' in complaint(write_folder, tmp_path / 'a\0b', model(''))
-    told = complaint(write_folder, tmp_path / 'file' / 'model', model(''))
+    assert 'a part of this path is a file' in refusal(write_text, tmp_path / 'file' / 'a.txt', '')
+    assert 'this is a folder' in refusal(write_text, tmp_path, '')
+    assert 'shorter name' in refusal(write_text, tmp_path / ('é' * 200), '')
+    assert 'null' in refusal(write_text, tmp_path / 'a\0b', '')
+    assert 'this is a file' in refusal(write_folder, tmp_path / 'file', model(''))
+    assert 'null' in refusal(write_folder, tmp_path / 'a\0b', model(''))
+    told = refusal(write_folder, tmp_path / 'file' / 'model', model(''))
     assert told.startswith(f'{tmp_path}/file/model: cannot be written')
     assert names(tmp_path) == ['file']
 
@@ -274,7 +267,7 @@ def test_a_folder_is_the_old_or_the_new_whenever_the_power_is_cut(tmp_path, befo
 
 def test_other_peoples_folders_are_not_replaced(tmp_path):
     write_text(tmp_path / 'home' / 'letter.txt', 'dear')
-    assert 'letter.txt' in complaint(write_folder, tmp_path / 'home', model('new'))
+    assert 'letter.txt' in refusal(write_folder, tmp_path / 'home', model('new'))
     assert names(tmp_path / 'home') == ['letter.txt'] and names(tmp_path) == ['home']
     (tmp_path / 'empty').mkdir()
     write_folder(tmp_path / 'empty', model('new'))
@@ -427,7 +420,7 @@ def test_a_thread_may_take_its_lock_again_another_may_not(tmp_path):
     with ThreadPoolExecutor(1) as pool:
         with lock(tmp_path / 'store'):
             assert take() == 'taken'
-            assert 'another thread' in complaint(pool.submit(take).result)
+            assert 'another thread' in refusal(pool.submit(take).result)
         assert pool.submit(take).result() == 'taken'
 
 
@@ -487,19 +480,19 @@ while done < 30:
 )
 def test_json_faults_are_one_line(tmp_path, content, reason):
     write_bytes(tmp_path / 'a.json', content)
-    assert reason in complaint(read_json, tmp_path / 'a.json', {'a': int})
+    assert reason in refusal(read_json, tmp_path / 'a.json', {'a': int})
 
 
 def test_json_that_cannot_be_read_or_written(tmp_path):
-    assert 'No such file' in complaint(read_json, tmp_path / 'a.json')
-    assert 'not a file' in complaint(read_json, tmp_path)
+    assert 'No such file' in refusal(read_json, tmp_path / 'a.json')
+    assert 'not a file' in refusal(read_json, tmp_path)
     if os.name != 'nt':
         os.mkfifo(tmp_path / 'pipe')
-        assert 'not a file' in complaint(read_json, tmp_path / 'pipe')
+        assert 'not a file' in refusal(read_json, tmp_path / 'pipe')
     loop = []
     loop.append(loop)
     for value in (float('inf'), {1j}, loop, {(1, 2): 3}):
-        assert 'as JSON' in complaint(write_json, tmp_path / 'b.json', value)
+        assert 'as JSON' in refusal(write_json, tmp_path / 'b.json', value)
     odd = {'name': os.fsdecode(b'caf\xe9.jpg'), 'alone': '\ud800', 'bird': '鳥'}
     write_json(tmp_path / 'c.json', odd)
     assert (

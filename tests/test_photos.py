@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refusal
 from PIL import Image
 
 from clipcap.base.photos import (
@@ -31,14 +32,6 @@ from clipcap.base.photos import (
 posix = pytest.mark.skipif(os.name == 'nt', reason='what only POSIX has')
 RGBW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 WHITE = (255, 255, 255)
-
-
-def complaint(function, *args, **kwargs):
-    "The single line with which `function` refuses"
-    with pytest.raises(ClipcapError) as caught:
-        function(*args, **kwargs)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def png(width, height, depth=8, kind=2, data=b''):
@@ -168,7 +161,7 @@ def test_sound_pixels_are_opened_whatever_else_is_damaged(photo, name, body, che
     check = zlib.crc32(name + body) if check is None else check
     odd = struct.pack('>I', len(body)) + name + body + struct.pack('>I', check)
     assert near(open_image(data[:33] + odd + data[33:]), *RGBW)
-    assert complaint(open_image, data[:33] + odd + data[33:-40])
+    assert refusal(open_image, data[:33] + odd + data[33:-40])
 
 
 def test_a_jpeg_with_a_damaged_header_of_its_program(photo):
@@ -229,14 +222,14 @@ def test_arrays_and_tensors(photo):
         np.zeros(4, np.uint8),
         np.array('x'),
     ):
-        assert complaint(open_image, array)
+        assert refusal(open_image, array)
 
 
 def test_odd_sizes(photo, tmp_path):
     for size in (1, 1), (20_000, 10), (10, 20_000):
         photo.resize(size).save(tmp_path / 'odd.png')
         assert open_image(tmp_path / 'odd.png').size == size
-    assert '60 x 40' in complaint(open_image, photo, max_pixels=2399)
+    assert '60 x 40' in refusal(open_image, photo, max_pixels=2399)
     assert open_image(photo, max_pixels=2400).size == (60, 40)
 
 
@@ -259,18 +252,18 @@ def test_broken_pictures_are_refused_in_one_line(photo, tmp_path):
     }
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
-        assert name in complaint(open_image, tmp_path / name)
+        assert name in refusal(open_image, tmp_path / name)
         if data:
-            assert complaint(open_image, data, name=name).startswith(f'{name}: ')
-    assert 'truncated' in complaint(open_image, tmp_path / 'cut.jpg')
-    assert 'empty' in complaint(open_image, tmp_path / 'empty.jpg')
-    assert 'not a photo, or damaged' in complaint(open_image, tmp_path / 'text.jpg')
-    assert 'No such file' in complaint(open_image, tmp_path / 'missing.jpg')
-    assert 'directory' in complaint(open_image, str(tmp_path))
+            assert refusal(open_image, data, name=name).startswith(f'{name}: ')
+    assert 'truncated' in refusal(open_image, tmp_path / 'cut.jpg')
+    assert 'empty' in refusal(open_image, tmp_path / 'empty.jpg')
+    assert 'not a photo, or damaged' in refusal(open_image, tmp_path / 'text.jpg')
+    assert 'No such file' in refusal(open_image, tmp_path / 'missing.jpg')
+    assert 'directory' in refusal(open_image, str(tmp_path))
     for nonsense in (None, 3, [], b'', 'a\0b', ''):
-        assert complaint(open_image, nonsense)
+        assert refusal(open_image, nonsense)
     odd = tmp_path / 'two\nlines.jpg'
-    assert complaint(open_image, odd).endswith(r'two\nlines.jpg: No such file or directory')
+    assert refusal(open_image, odd).endswith(r'two\nlines.jpg: No such file or directory')
 
 
 def test_a_heic_photo_is_opened_or_told_how_to(photo, tmp_path):
@@ -278,7 +271,7 @@ def test_a_heic_photo_is_opened_or_told_how_to(photo, tmp_path):
         import pillow_heif
     except ImportError:
         data = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'
-        assert 'pip install pillow-heif' in complaint(open_image, data)
+        assert 'pip install pillow-heif' in refusal(open_image, data)
     else:
         pillow_heif.register_heif_opener()
         assert near(open_image(saved(photo, 'HEIF', quality=95)), *RGBW)
@@ -290,7 +283,7 @@ def test_a_heic_photo_is_opened_or_told_how_to(photo, tmp_path):
 def test_a_picture_that_may_not_be_read(photo, tmp_path):
     photo.save(tmp_path / 'secret.png')
     (tmp_path / 'secret.png').chmod(0)
-    assert 'Permission' in complaint(open_image, tmp_path / 'secret.png')
+    assert 'Permission' in refusal(open_image, tmp_path / 'secret.png')
 
 
 @posix
@@ -421,8 +414,8 @@ def test_pictures_behind_addresses(server, photo, tmp_path):
     assert near(open_image(f'{server.address}/photo.png'), *RGBW)
     assert near(open_image((tmp_path / 'a photo é.png').as_uri()), *RGBW)
     assert near(open_image(f'file://localhost{tmp_path}/a photo é.png'), *RGBW)
-    assert '404' in complaint(open_image, f'{server.address}/other.png')
-    assert '64 MB' in complaint(open_image, f'{server.address}/huge')
+    assert '404' in refusal(open_image, f'{server.address}/other.png')
+    assert '64 MB' in refusal(open_image, f'{server.address}/huge')
     for wrong in (
         'http://127.0.0.1:9/x.png',
         'http://',
@@ -433,13 +426,13 @@ def test_pictures_behind_addresses(server, photo, tmp_path):
         'http://a b/x.png',
         'ftp://127.0.0.1/x.png',
     ):
-        assert wrong in complaint(open_image, wrong)
+        assert wrong in refusal(open_image, wrong)
 
 
 def test_addresses_with_letters_of_any_script(server):
     assert near(open_image(f'{server.address}/fotos/é a.png?ü=1'), *RGBW)
     assert near(open_image(f'{server.address}/fotos/%C3%A9%20a.png?%C3%BC=1'), *RGBW)
-    unknown = complaint(open_image, 'http://bücher.invalid/é.png')
+    unknown = refusal(open_image, 'http://bücher.invalid/é.png')
     assert unknown.startswith('http://bücher.invalid/é.png: ') and 'codec' not in unknown
 
 
@@ -447,7 +440,7 @@ def test_a_server_cannot_send_us_to_files(server, tmp_path, photo):
     photo.save(tmp_path / 'a.png')
     for place in (tmp_path / 'a.png').as_uri(), 'ftp://127.0.0.1/a.png':
         server.elsewhere = place
-        assert complaint(open_image, f'{server.address}/elsewhere')
+        assert refusal(open_image, f'{server.address}/elsewhere')
 
 
 @pytest.mark.parametrize('path', ['/drip', '/slow-head'])
@@ -481,9 +474,9 @@ def test_folders_and_patterns(photo, tmp_path):
     assert names(str(tmp_path / '**' / '*.jpg')) == ['c[1].jpg', 'd.jpg']
     (tmp_path / 'none' / 'deeper').mkdir(parents=True)
     for nothing in ('none', 'missing.jpg', '*.tiff', 'a\0b'):
-        assert str(tmp_path / 'none') in complaint(list_images, tmp_path / 'none')
-        assert complaint(list_images, tmp_path / nothing)
-    assert '**' in complaint(list_images, tmp_path / 'none')
+        assert str(tmp_path / 'none') in refusal(list_images, tmp_path / 'none')
+        assert refusal(list_images, tmp_path / nothing)
+    assert '**' in refusal(list_images, tmp_path / 'none')
 
 
 def test_no_picture_is_passed_over_in_silence(photo, tmp_path):
@@ -513,9 +506,9 @@ def test_pipes_do_not_hang_anything(photo, tmp_path):
     server.bind(str(tmp_path / 'c.jpg'))
     assert [path.name for path in list_images(tmp_path)] == ['a.jpg', 'b.jpg', 'c.jpg']
     for source in tmp_path / 'b.jpg', str(tmp_path / 'b.jpg'), (tmp_path / 'b.jpg').as_uri():
-        assert 'not a file' in complaint(open_image, source)
+        assert 'not a file' in refusal(open_image, source)
     for source in tmp_path / 'c.jpg', '/dev/zero', 'file:///dev/zero':
-        assert complaint(open_image, source)
+        assert refusal(open_image, source)
     server.close()
 
 
@@ -529,7 +522,7 @@ def test_names_that_are_not_utf8(photo, tmp_path):
     assert near(open_image(tmp_path / name), *RGBW)
     assert near(open_image((tmp_path / name).as_uri()), *RGBW)
     (tmp_path / name).write_bytes(b'x')
-    told = complaint(open_image, list_images(tmp_path)[0])
+    told = refusal(open_image, list_images(tmp_path)[0])
     assert told.encode('utf-8').endswith(rb'caf\xe9.png: not a photo, or damaged')
 
 

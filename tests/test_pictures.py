@@ -1,5 +1,6 @@
 "Pictures with captions in any script: the font that has the letters, lines, and what is written"
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcap.base import pictures
+import clipcap.base.pictures
 from clipcap.base.files import ClipcapError
-from clipcap.base.pictures import TextFont, draw_caption, load_font, save_image, wrap_text
+from clipcap.base.pictures import load_font, save_image, wrap_text
 
 
 def make_font(path, letters):
@@ -44,19 +45,14 @@ def make_font(path, letters):
 
 @pytest.fixture
 def no_fonts(monkeypatch):
-    "As on a machine that has no fonts but those of matplotlib"
+    "The module in a process that has just begun, on a machine without fonts but matplotlib's"
     monkeypatch.setenv('MPL_IGNORE_SYSTEM_FONTS', '1')
     monkeypatch.delenv('CLIPCAP_FONT', raising=False)
-    forget()
-    yield
-    forget()
-
-
-def forget():
-    "What was found out about the fonts of this machine"
-    pictures._system_fonts.cache_clear()
-    pictures._font_with.cache_clear()
-    pictures._warned.clear()
+    monkeypatch.delitem(sys.modules, 'clipcap.base.pictures')
+    module = importlib.import_module('clipcap.base.pictures')
+    yield module
+    monkeypatch.undo()
+    clipcap.base.pictures = sys.modules['clipcap.base.pictures']
 
 
 @pytest.fixture
@@ -64,25 +60,27 @@ def han(tmp_path, monkeypatch, no_fonts):
     "A font for four ideographs and a full stop, and nothing else, named by CLIPCAP_FONT"
     file = make_font(tmp_path / 'han.ttf', '红色的球。')
     monkeypatch.setenv('CLIPCAP_FONT', str(file))
-    return file
+    return no_fonts
 
 
 def test_letters_that_dejavu_lacks_come_from_another_font(han):
-    assert load_font(20, '红色的球').getname()[0] == 'Squares'
-    assert load_font(20, 'a red ball').getname()[0] == 'DejaVu Sans'
+    assert han.load_font(20, '红色的球').getname()[0] == 'Squares'
+    assert han.load_font(20, 'a red ball').getname()[0] == 'DejaVu Sans'
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        drawn = np.asarray(draw_caption(Image.new('RGB', (220, 20), 'white'), '红色的球。', 220))
+        drawn = np.asarray(
+            han.draw_caption(Image.new('RGB', (220, 20), 'white'), '红色的球。', 220)
+        )
     # five squares of 10 pixels
     assert 350 < (drawn < 128).all(-1).sum() < 550
 
 
 def test_one_text_in_two_fonts(han):
-    font = TextFont(20, 'ball 球')
+    font = han.TextFont(20, 'ball 球')
     assert font.getlength('球') == 20
-    assert font.getlength('ball 球') == load_font(20).getlength('ball ') + 20
+    assert font.getlength('ball 球') == han.load_font(20).getlength('ball ') + 20
     both, latin = (
-        np.asarray(draw_caption(Image.new('RGB', (220, 20)), text, 220)).sum()
+        np.asarray(han.draw_caption(Image.new('RGB', (220, 20)), text, 220)).sum()
         for text in ('ball 球', 'ball')
     )
     assert both < latin
@@ -106,19 +104,19 @@ def test_a_font_of_the_system_is_found(tmp_path):
 def test_missing_letters_are_named_once(no_fonts):
     with pytest.warns(UserWarning, match='no font here has 球 红.*CLIPCAP_FONT') as told:
         for _ in range(3):
-            draw_caption(Image.new('RGB', (20, 20)), 'ein Ball, 红球 红球', 220)
+            no_fonts.draw_caption(Image.new('RGB', (20, 20)), 'ein Ball, 红球 红球', 220)
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        draw_caption(Image.new('RGB', (20, 20)), 'ein Bällchen\u200d, собака', 220)
-        draw_caption(Image.new('RGB', (20, 20)), '色', 220)  # the script was named
+        no_fonts.draw_caption(Image.new('RGB', (20, 20)), 'ein Bällchen\u200d, собака', 220)
+        no_fonts.draw_caption(Image.new('RGB', (20, 20)), '色', 220)  # the script was named
 
 
 def test_a_font_file_that_is_none(tmp_path, monkeypatch, no_fonts):
     (tmp_path / 'words.ttf').write_text('no font')
     monkeypatch.setenv('CLIPCAP_FONT', str(tmp_path / 'words.ttf'))
     with pytest.raises(ClipcapError, match=r'words\.ttf: not a font'):
-        load_font(20, '球')
+        no_fonts.load_font(20, '球')
 
 
 @pytest.mark.parametrize('width', [40, 100, 333])

@@ -8,14 +8,14 @@ import http.server
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import requests
 import torch
+from conftest import refusal
+from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
-from clipcap.base.files import ClipcapError
 from clipcap.embed import pixels_of
 from clipcap.generate import (
     DECODINGS,
@@ -79,15 +78,6 @@ def cache(kept, tmp_path, monkeypatch):
     (tmp_path / 'cache' / 'gpt2').symlink_to(kept / 'gpt2')
     monkeypatch.setenv('CLIPCAP_CACHE', str(tmp_path / 'cache'))
     return tmp_path / 'cache'
-
-
-def refusal(function, *arguments):
-    "The one line with which a function refuses"
-    with pytest.raises(ClipcapError) as refused:
-        function(*arguments)
-    line = str(refused.value)
-    assert '\n' not in line and len(line) < 700
-    return line
 
 
 # ---- small random weights under the published names
@@ -161,13 +151,8 @@ def transformer_layout(width=32, k=40, size=20, vocabulary=40, layers=3):
     return weights
 
 
-def clip_gpt_layout(width, patch, layers, spread):
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(width, 16, 4 * width, batch_first=True),
-        layers,
-        enable_nested_tensor=False,
-    )
-    tower = CLIPVisionModel(
+def vision_tower(width, patch, **more):
+    return CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=2 * width,
@@ -175,9 +160,18 @@ def clip_gpt_layout(width, patch, layers, spread):
             num_attention_heads=width // 64 or 1,
             image_size=224,
             patch_size=patch,
-            initializer_factor=4.0,
+            **more,
         )
     )
+
+
+def clip_gpt_layout(width, patch, layers, spread):
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(width, 16, 4 * width, batch_first=True),
+        layers,
+        enable_nested_tensor=False,
+    )
+    tower = vision_tower(width, patch, initializer_factor=4.0)
     weights = named('ie.model.', getattr(tower, 'vision_model', tower).state_dict()) | named(
         'td.model.', gpt2(width, 50257, spread=spread).state_dict()
     )
@@ -475,16 +469,7 @@ def test_clip_gpt_token_for_token(width, patch, layers, spread, old, cache, tmp_
         Image.linear_gradient('L').convert('RGB'),
     ]
     captioner = Captioner(tmp_path / 'model', device='cpu')
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=width // 64 or 1,
-            image_size=224,
-            patch_size=patch,
-        )
-    ).eval()
+    tower = vision_tower(width, patch).eval()
     getattr(tower, 'vision_model', tower).load_state_dict(
         part({n: w for n, w in weights.items() if 'position_ids' not in n}, 'ie.model.')
     )
@@ -748,41 +733,6 @@ def test_without_gdown(cache, monkeypatch):
     )
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    "As much of the Hub as single files and folders need"
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split('?')[0].strip('/').removeprefix('api/models/').split('/') + ['']
-        file = (
-            Path(self.server.folder) / path[1] / '/'.join(path[4:])
-            if len(path) > 4 and path[2] == 'resolve'
-            else None
-        )
-        found = file is not None and file.is_file()
-        body = file.read_bytes() if found else b''
-        self.send_response(200 if found else 404)
-        if found:
-            self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header('X-Repo-Commit', 'a' * 40)
-        else:
-            self.send_header(
-                'X-Error-Code',
-                'EntryNotFound'
-                if (Path(self.server.folder) / path[1]).is_dir()
-                else 'RepoNotFound',
-            )
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        if self.command == 'GET':
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 hub_asking = '''
 import sys, torch
 torch.set_num_threads(1)
@@ -839,38 +789,12 @@ def test_the_tower_and_the_tokenizer_come_from_the_hub(kept, tmp_path):
     (tmp_path / 'hub' / 'gpt2' / 'config.json').write_text(json.dumps(dict(model_type='gpt2')))
     (tmp_path / 'hub' / 'mine').mkdir()
     torch.save(mlp_layout(size=512), tmp_path / 'hub' / 'mine' / 'weights.pt')
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    server.folder = tmp_path / 'hub'
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ('HF_HUB_OFFLINE', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy')
-    }
-    env |= dict(
-        HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
-        HF_HOME=str(tmp_path / 'home'),
-        HF_HUB_DISABLE_TELEMETRY='1',
-        CLIPCAP_CACHE=str(tmp_path / 'cache'),
-    )
-    with subprocess.Popen(
-        [sys.executable, '-c', hub_asking], text=True, stdin=-1, stdout=-1, stderr=-1, env=env
-    ) as run:
-
-        def ask(name):
-            run.stdin.write(name + '\n')
-            run.stdin.flush()
-            return run.stdout.readline().strip()
-
+    hub = Hub(tmp_path / 'hub')
+    cache = dict(CLIPCAP_CACHE=str(tmp_path / 'cache'))
+    with hub.asked(hub_asking, tmp_path / 'home', **cache) as ask:
         assert ask('someone/mine/weights.pt') == '1 projected 512'
-        assert 'someone/mine' in ask('someone/mine/nothing.pt') and 'someone/nobody' in ask(
-            'someone/nobody/weights.pt'
-        )
-        server.shutdown()
-        server.server_close()
-        assert ask('someone/mine/weights.pt') == '1 projected 512', (
-            'without the Hub, from the cache'
-        )
-        run.stdin.close()
-        errors = run.stderr.read()
-    assert 'Traceback' not in errors and 'LOAD REPORT' not in errors, errors
+        assert 'someone/mine' in ask('someone/mine/nothing.pt')
+        assert 'someone/nobody' in ask('someone/nobody/weights.pt')
+        hub.close()
+        from_cache = ask('someone/mine/weights.pt')
+        assert from_cache == '1 projected 512'

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from pycocoevalcap.cider.cider import Cider
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from small import Store, words
+from small import small_model as make_model
 
 from clipcap.base.files import ClipcapError
 from clipcap.base.words import ptb_tokenize
@@ -23,10 +23,6 @@ from clipcap.methods.self_critical import (
 )
 from clipcap.model import CaptionModel, MapperConfig
 
-words = ['<|endoftext|>', *'abcdefghij']
-spell = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
-spell.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=spell, eos_token=words[0], pad_token=words[0])
 rng = np.random.default_rng(1)
 table = pd.DataFrame(
     [
@@ -35,41 +31,6 @@ table = pd.DataFrame(
         for _ in range(3)
     ]
 )
-
-
-class Store:
-    cells, dim, fingerprint = 1, 16, 'random'
-
-    def __init__(self, seed=0):
-        features = np.random.default_rng(seed).standard_normal((40, 1, 16))
-        self.features = features.astype(np.float16)
-
-    def rows(self, names):
-        return np.array([int(n) for n in names])
-
-    def __getitem__(self, rows):
-        return self.features[rows]
-
-
-def make_model(dropout=0.0):
-    "A small model, always the same one"
-    torch.manual_seed(0)
-    language = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=11,
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            n_positions=32,
-            bos_token_id=0,
-            eos_token_id=0,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-        )
-    )
-    mapper = MapperConfig('mlp', feature_dim=16, prefix_length=2, dropout=dropout)
-    return CaptionModel(language, tokenizer, mapper)
 
 
 short = RewardConfig(steps=5, photos=8, samples=3, rate=1e-2, max_length=6, save_every=2)

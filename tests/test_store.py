@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refusal
 from faults import Striking, interrupt, no_space, power_cut
 
 from clipcap.base.files import ClipcapError, write_json
@@ -21,14 +22,6 @@ from clipcap.base.store import FeatureStore, StoreWriter, file_state, is_current
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='what only POSIX has')
 TOWER = dict(name='bytes', features='grid', cells=2, dim=3)
-
-
-def complaint(function, *args, **kwargs):
-    "The single line with which `function` refuses"
-    with pytest.raises(ClipcapError) as caught:
-        function(*args, **kwargs)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def features(data):
@@ -125,7 +118,7 @@ def test_what_is_gone_or_unreadable_loses_its_row(tmp_path, photos):
     assert embed(tmp_path / 'store', photos) == [path.name for path in gone]
     opened = check(tmp_path / 'store', photos[3:])
     assert set(opened.skipped) == {path.name for path in gone}
-    assert 'lacks 1 of 1 photos: 0.jpg (' in complaint(opened.rows, ['0.jpg'])
+    assert 'lacks 1 of 1 photos: 0.jpg (' in refusal(opened.rows, ['0.jpg'])
 
 
 def test_a_store_without_identities_is_embedded_anew(tmp_path, photos):
@@ -134,7 +127,7 @@ def test_a_store_without_identities_is_embedded_anew(tmp_path, photos):
     manifest = json.loads(file.read_text())
     del manifest['identities'], manifest['rows']
     write_json(file, manifest)
-    assert 'run `clipcap embed` into it again' in complaint(FeatureStore.open, tmp_path / 'store')
+    assert 'run `clipcap embed` into it again' in refusal(FeatureStore.open, tmp_path / 'store')
     photos[4].write_bytes(b'photo 444')
     with pytest.warns(UserWarning, match='embedded anew'):
         assert len(embed(tmp_path / 'store', photos)) == 9
@@ -185,7 +178,7 @@ def test_a_second_writer_is_told_who_works_there(tmp_path, photos):
     command = [sys.executable, '-c', HOLDER, tmp_path / 'store']
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b'holds\n'
-        told = complaint(embed, tmp_path / 'store', photos)
+        told = refusal(embed, tmp_path / 'store', photos)
         assert f'in use by process {first.pid}' in told and 'give another folder' in told
         first.kill()
         first.wait()
@@ -204,7 +197,7 @@ def test_who_reads_goes_on_reading_what_was_there(tmp_path, photos):
     photos[0].write_bytes(b'photo 999')
     embed(tmp_path / 'store', photos)
     if os.name != 'nt':
-        assert 'was changed while it was read' in complaint(reader.__getitem__, 3)
+        assert 'was changed while it was read' in refusal(reader.__getitem__, 3)
 
 
 # ---- broken off
@@ -280,7 +273,7 @@ def test_a_disk_that_is_full_for_the_rows_is_one_line(tmp_path, photos, monkeypa
     embed(tmp_path / 'store', photos[:1])
     with monkeypatch.context() as patch:
         patch.setattr(os, 'fsync', fails)
-        assert 'free some space' in complaint(embed, tmp_path / 'store', photos)
+        assert 'free some space' in refusal(embed, tmp_path / 'store', photos)
     embed(tmp_path / 'store', photos)
     check(tmp_path / 'store', photos)
 
@@ -365,17 +358,17 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, photos, change):
     manifest = json.loads(file.read_text())
     change(manifest)
     file.write_text(json.dumps(manifest))
-    told = complaint(FeatureStore.open, tmp_path / 'store')
+    told = refusal(FeatureStore.open, tmp_path / 'store')
     assert 'no feature store, or a damaged one' in told
-    assert complaint(embed, tmp_path / 'store', photos) == told
+    assert refusal(embed, tmp_path / 'store', photos) == told
 
 
 @pytest.mark.parametrize('content', [b'[]', b'{}', b'', b'{"names', b'[' * 100_000, b'\xff\xfe'])
 def test_what_is_no_manifest_is_refused(tmp_path, photos, content):
     embed(tmp_path / 'store', photos)
     (tmp_path / 'store' / 'manifest.json').write_bytes(content)
-    told = complaint(FeatureStore.open, tmp_path / 'store')
-    assert complaint(embed, tmp_path / 'store', photos) == told
+    told = refusal(FeatureStore.open, tmp_path / 'store')
+    assert refusal(embed, tmp_path / 'store', photos) == told
 
 
 def test_rows_that_do_not_fit_are_refused(tmp_path, photos):
@@ -395,11 +388,11 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, photos):
         contents.append(data.getvalue())
     for content in contents:
         file.write_bytes(content)
-        told = complaint(FeatureStore.open, tmp_path / 'store')
-        assert 'damaged' in told and complaint(embed, tmp_path / 'store', photos) == told
+        told = refusal(FeatureStore.open, tmp_path / 'store')
+        assert 'damaged' in told and refusal(embed, tmp_path / 'store', photos) == told
     file.write_bytes(sound)
     (tmp_path / 'store' / 'manifest.json').unlink()
-    assert 'features.npy' in complaint(embed, tmp_path / 'store', photos)
+    assert 'features.npy' in refusal(embed, tmp_path / 'store', photos)
     assert file.read_bytes() == sound  # somebody else's array is not written over
 
 
@@ -412,12 +405,12 @@ def test_rows_that_are_not_finite_or_cut_off_later_are_not_handed_out(tmp_path, 
     rows.flush()
     del rows
     assert store[[0, 3, 5]].shape == (3, 2, 3)
-    assert 'the features of 4.jpg are not finite' in complaint(store.__getitem__, [5, 4])
-    assert 'the features of 6.jpg are not finite' in complaint(store.__getitem__, 6)
-    assert 'the features of 4.jpg' in complaint(store.__getitem__, np.array([[0, 1], [4, 6]]))
+    assert 'the features of 4.jpg are not finite' in refusal(store.__getitem__, [5, 4])
+    assert 'the features of 6.jpg are not finite' in refusal(store.__getitem__, 6)
+    assert 'the features of 4.jpg' in refusal(store.__getitem__, np.array([[0, 1], [4, 6]]))
     data = store.file.read_bytes()
     store.file.write_bytes(data[:-1])
-    assert 'was changed while it was read' in complaint(store.__getitem__, 8)
+    assert 'was changed while it was read' in refusal(store.__getitem__, 8)
 
 
 def test_a_large_store_opens_at_once_and_stays_on_disk(tmp_path):

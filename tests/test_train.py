@@ -13,31 +13,16 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from small import Store, tokenizer, words
+from small import small_model as fresh
+from transformers import GPT2LMHeadModel
 
 import clipcap.base.loop
 from clipcap.base.files import ClipcapError, lock
 from clipcap.base.loop import data_fingerprint, run_training
-from clipcap.model import CaptionModel, MapperConfig, add_lora
+from clipcap.base.store import HASH, SIZE
+from clipcap.model import CaptionModel, add_lora
 from clipcap.train import TokenisedCaptions, TrainConfig, train, validation_loss
-
-words = ['<|endoftext|>', *'abcdefghij']
-spell = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
-spell.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=spell, eos_token=words[0], pad_token=words[0])
-
-
-class Store:
-    cells, dim, fingerprint = 1, 16, 'random'
-    features = np.random.default_rng(0).standard_normal((400, 1, 16)).astype(np.float16)
-
-    def rows(self, names):
-        return np.array([int(n) for n in names])
-
-    def __getitem__(self, rows):
-        return self.features[rows]
-
 
 rng = np.random.default_rng(1)
 table = pd.DataFrame(
@@ -51,28 +36,6 @@ table = pd.DataFrame(
         for _ in range(5)
     ]
 )
-
-
-def fresh(dropout=0.0):
-    "A small model, always the same one"
-    torch.manual_seed(0)
-    language = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=11,
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            n_positions=32,
-            bos_token_id=0,
-            eos_token_id=0,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-        )
-    )
-    return CaptionModel(
-        language, tokenizer, MapperConfig('mlp', feature_dim=16, prefix_length=2, dropout=dropout)
-    )
 
 
 def learn(folder, model=None, **config):
@@ -230,7 +193,7 @@ def test_resume_is_refused_with_other_data(tmp_path):
         with pytest.raises(ClipcapError, match='captions'):
             run(other, Store())
     other = Store()
-    other.features = Store.features + np.float16(1)
+    other.features = Store().features + np.float16(1)
     with pytest.raises(ClipcapError, match='other features'):
         run(some, other)
     assert len(run(some, Store())) == 1
@@ -316,6 +279,49 @@ def test_without_a_validation_split_there_is_no_validation_loss(tmp_path):
 
 
 # ---- what is no number
+class Known(Store):
+    "Features whose photos are known by their bytes"
+
+    def __init__(self):
+        super().__init__()
+        self.identities = np.arange(1600).reshape(400, 4)
+
+
+def test_each_photo_s_own_bytes_count(tmp_path):
+    some = table[:600]  # photos 0 to 119
+    plain = data_fingerprint(some, Known())
+    for row, column, counts in (
+        (77, SIZE, True),
+        (77, HASH, True),
+        (77, 2, False),
+        (300, 0, False),
+    ):
+        other = Known()
+        other.identities[row, column] += 1
+        changed = [k for k, v in data_fingerprint(some, other).items() if v != plain[k]]
+        assert changed == (['photos_hash'] if counts else [])
+    other = Known()
+    other.rows = lambda names: np.array([int(n) - 1 for n in names]) % 400
+    assert data_fingerprint(some, other)['photos_hash'] != plain['photos_hash']
+
+    def run(store):
+        config = TrainConfig(epochs=1, batch_size=32)
+        return train(fresh(), some, store, config, tmp_path, progress=False)
+
+    run(Store())  # a checkpoint that does not know the bytes, as of older versions
+    assert len(run(Known())) == 1
+    other = Known()
+    other.features = other.features + np.float16(1)
+    with pytest.raises(ClipcapError, match='features'):
+        run(other)
+    shutil.rmtree(tmp_path)
+    run(Known())
+    other = Known()
+    other.identities[77, HASH] += 1
+    with pytest.raises(ClipcapError, match='other photos'):
+        run(other)
+
+
 class Broken(CaptionModel):
     "A caption model whose loss is no number from some call on"
 
@@ -355,7 +361,6 @@ def test_a_score_that_is_nan_is_never_the_best(tmp_path):
 
 def test_features_that_are_no_numbers(tmp_path):
     store = Store()
-    store.features = Store.features.copy()
     store.features[3] = np.nan
     with pytest.raises(ClipcapError, match='not finite'):
         train(fresh(), table[:600], store, TrainConfig(epochs=1), tmp_path, progress=False)

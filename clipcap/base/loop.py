@@ -29,6 +29,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TRACKERS, LoopSettings
 from .files import ClipcapError, lock, recover_folder, write_file, write_json
+from .store import HASH, SIZE
 
 # %% ../../nbs/base/10_loop.ipynb #10lo-005
 def learning_rate(
@@ -88,13 +89,17 @@ def data_fingerprint(
     table: pd.DataFrame,  # image, caption, split
     store=None,  # the `FeatureStore` of the images; None: captions alone
 ) -> dict:  # for `run_training`'s `data`
-    "What a run learns from, in a few letters"
+    "What a run learns from, in a few letters: every caption, and every photo by its bytes"
     texts = hashlib.sha256()
     for column in ('image', 'caption', 'split'):
         texts.update(json.dumps(table[column].tolist()).encode())
     found = dict(captions=len(table), captions_hash=texts.hexdigest()[:16])
     if store is None:
         return found
+    if hasattr(store, 'identities'):
+        rows = store.rows(sorted(set(table.image)))
+        known = np.ascontiguousarray(store.identities[rows][:, [SIZE, HASH]])
+        found['photos_hash'] = hashlib.sha256(known.tobytes()).hexdigest()[:16]
     rows = np.unique(store.rows(table.image))
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int)]
     values = hashlib.sha256(np.ascontiguousarray(store[some]).tobytes()).hexdigest()[:16]
@@ -424,7 +429,9 @@ def run_training(
         raise ClipcapError(f'{folder}: there is nothing to train on: is the split empty?')
     settings = asdict(config) | (data or {}) | dict(processes=accelerator.num_processes)
     del settings['save_every']  # changes nothing in what is learned
-    usual = asdict(type(config)()) | dict(processes=1)
+    # older checkpoints do not know the photos' bytes: then the features alone must agree
+    photos = settings.get('photos_hash')
+    usual = asdict(type(config)()) | dict(processes=1, photos_hash=photos)
     if schedule is None:
 
         def schedule(step, steps):

@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import warnings
@@ -500,6 +501,7 @@ def run_here(
 
     result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name='clipcap')
     shown = result.stdout + ''.join(f'| {line}\n' for line in result.stderr.splitlines())
-    print(f"$ clipcap {' '.join(map(str, arguments))}\n{shown}".replace(hide, ''))
+    called = shlex.join(['clipcap', *map(str, arguments)])
+    print(f'$ {called}\n{shown}'.replace(hide, ''))
     assert result.exit_code == code, result.exception or result.output
     return result.stdout
