@@ -1,6 +1,7 @@
 "What may go wrong in each step that touches a file: errors, Ctrl-C, a power cut"
 
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -57,3 +58,15 @@ def interrupt():
 
 def power_cut():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_at_call(monkeypatch, owner, name, number, fault=KeyboardInterrupt):
+    "Let one call of a function raise, the calls numbered from 0"
+    real, numbers = getattr(owner, name), itertools.count()
+
+    def failing(*arguments):
+        if next(numbers) == number:
+            raise fault
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, failing)

@@ -8,11 +8,12 @@ import os
 import numpy as np
 import pytest
 import torch
+from faults import fail_at_call
 from PIL import Image
 
+import clipcap.methods.distill
 from clipcap.base.files import ClipcapError
 from clipcap.base.store import FeatureStore
-from clipcap.methods import distill as room
 from clipcap.methods.distill import (
     Distillation,
     DistillConfig,
@@ -90,14 +91,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize('step', [0, 1, 3, 4])
 def test_a_run_goes_on_where_it_was_killed(step, store, pixels, tmp_path, monkeypatch):
     unbroken, log = run(store, pixels, tmp_path / 'unbroken')
-    real, calls = room.random_views, iter(range(10**6))
-
-    def failing(*arguments):
-        if next(calls) == step:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(room, 'random_views', failing)
+    fail_at_call(monkeypatch, clipcap.methods.distill, 'random_views', step)
     with pytest.raises(KeyboardInterrupt):
         run(store, pixels, tmp_path / 'run')
     monkeypatch.undo()

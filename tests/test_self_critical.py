@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import fail_at_call
 from pycocoevalcap.cider.cider import Cider
 from small import Store, words
 from small import small_model as make_model
@@ -214,14 +215,7 @@ class Stop(Exception):
 
 def stop_at(monkeypatch, step, fault=Stop):
     "Let the reward fail within a step, from 0"
-    real, calls = CiderReward.score, iter(range(10**6))
-
-    def failing(self, *arguments):
-        if next(calls) == step:
-            raise fault
-        return real(self, *arguments)
-
-    monkeypatch.setattr(CiderReward, 'score', failing)
+    fail_at_call(monkeypatch, CiderReward, 'score', step, fault)
 
 
 @pytest.mark.parametrize('stops', [False, True])

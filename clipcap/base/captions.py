@@ -359,7 +359,7 @@ def read_table(
 def read_captions(
     path: str | Path,  # results.csv, Karpathy's or COCO's JSON, a JSON list, CSV, TSV
 ) -> pd.DataFrame:  # image (relative to the photo folder), caption, split (or missing)
-    "Read a captions file of any known kind, told by its contents"
+    "Read a captions file of any known kind, recognised by its contents"
     text = _text(path)
     first = text.partition('\n')[0]
     if text.lstrip()[:1] == '[':

@@ -249,11 +249,9 @@ def _sum_over_processes(run):
 
 def _stop(run, what):
     at = f'step {run.done + 1} of {run.total} (epoch {run.epoch + 1})'
-    cause = (
-        'look for numbers that are not finite in features and model'
-        if run.done == 0
-        else f'give another folder and a lower rate (now {run.config.rate:g})'
-    )
+    cause = 'look for numbers that are not finite in features and model'
+    if run.done:
+        cause = f'give another folder and a lower rate (now {run.config.rate:g})'
     raise ClipcapError(f'{run.folder}: {what} at {at}: {cause}; nothing of this step is kept')
 
 

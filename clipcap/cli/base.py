@@ -75,8 +75,8 @@ def complain(
 
 def end_with(
     faults: list,  # one for each that failed
-    total: int = None,  # how many there were; None: not to be said
-    what: str = 'photos could not be captioned',  # what is said of them
+    total: int = None,  # how many there were; None: left out of the line
+    what: str = 'photos could not be captioned',  # the end of the line
 ):
     "End a command that works on many: where some failed, say how many, and exit with code 1"
     if faults and total != 1:

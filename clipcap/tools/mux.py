@@ -267,7 +267,7 @@ class _Sound:
         self.next = None
 
     def write_until(self, seconds):
-        "Encode what is heard before a moment"
+        "Encode the sound before a moment"
         while self.frames is not None:
             if self.next is None:
                 self.next = next(self.frames, None)

@@ -145,9 +145,7 @@ def _from_drive(drive, file, name):
 
 def fetch(
     name: str,  # of a published checkpoint
-) -> (
-    Path
-):  # the file in the cache; ClipcapError, with the way to do it by hand, where it cannot be had
+) -> Path:  # in the cache; ClipcapError, with the way to do it by hand, where it cannot be had
     "Fetch a published checkpoint, unless it is here"
     checkpoint, file = CHECKPOINTS[name], cache_folder() / f'{name}.pt'
     part = file.with_suffix('.fetched')
@@ -161,16 +159,13 @@ def fetch(
                 check_file(part, checkpoint)
                 part.replace(file)
     except Exception as error:  # whatever gdown, the network and the disk may raise
-        for left in [
-            part,
-            *(part.parent.glob(f'{part.name}*.part') if 'byte range' in str(error) else ()),
-        ]:
-            left.unlink(missing_ok=True)
-        why = (
-            'no connection to Google Drive'
-            if 'Max retries exceeded' in str(error)
-            else _gist(error)
-        )
+        part.unlink(missing_ok=True)
+        if 'byte range' in str(error):
+            for left in part.parent.glob(f'{part.name}*.part'):
+                left.unlink(missing_ok=True)
+        why = _gist(error)
+        if 'Max retries exceeded' in str(error):
+            why = 'no connection to Google Drive'
         raise ClipcapError(
             f'{name}: {why}; fetch https://drive.google.com/file/d/{checkpoint.drive}/view '
             f'in a browser and put it at {file}'
@@ -180,9 +175,7 @@ def fetch(
 # %% ../../nbs/tools/02_published.ipynb #11-015
 def read_checkpoint(
     file: str | Path,  # a .pt file
-) -> dict[
-    str, torch.Tensor
-]:  # its weights by name; ClipcapError where it holds none, or something that could run
+) -> dict:  # its weights by name; ClipcapError where it holds none, or something that could run
     "Read the weights of a checkpoint, and nothing but weights"
     check_file(file)
     try:
@@ -190,17 +183,11 @@ def read_checkpoint(
             file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file)
         )
     except Exception as error:  # torch raises whatever it stumbles upon
-        culprit = (
-            re.search(r'GLOBAL (\S+)', str(error))
-            if isinstance(error, pickle.UnpicklingError)
-            else None
-        )
         gist = re.split(r'[.:] |\n', str(error))[0] or type(error).__name__
-        why = (
-            f'refused, for it holds more than weights ({culprit[1]})'
-            if culprit
-            else f'damaged, cut short, or no file of weights ({gist})'
-        )
+        why = f'damaged, truncated, or no file of weights ({gist})'
+        culprit = re.search(r'GLOBAL (\S+)', str(error))
+        if culprit and isinstance(error, pickle.UnpicklingError):
+            why = f'refused, for it holds more than weights ({culprit[1]})'
         raise ClipcapError(
             f'{file}: {why}; nothing in it was run. Fetch it again, from where you trust'
         ) from error

@@ -370,17 +370,17 @@ def _tell(path, rows, keys, ways, wanted, numbers):
         )
         return chosen
     raise ClipcapError(
-        f'{path}: photos could be told by {chosen.way} or by {other.way}, '
+        f'{path}: photos could be identified by {chosen.way} or by {other.way}, '
         'which gives other captions: give file_name with each caption'
     )
 
 
 def _check_agreement(path, rows, photos, by_id):
     "Refuse a file whose names and ids mean different photos throughout"
-    told = [by_id(_normal(row.identity)) for row in rows]
-    if None in told:
+    meant = [by_id(_normal(row.identity)) for row in rows]
+    if None in meant:
         return  # ids of another kind
-    for photo, other, row in zip(photos, told, rows, strict=True):
+    for photo, other, row in zip(photos, meant, rows, strict=True):
         if photo is not None and photo != other:
             raise ClipcapError(
                 f'{path}: image_id {row.identity} means {other}, and {row.name} {photo}: '
