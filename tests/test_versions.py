@@ -1,5 +1,6 @@
 "Versions: ranges in settings.ini, a tested choice in requirements.lock, and who installs which"
 
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,10 @@ locked = dict(line.split('==') for line in lines)
 def make(*arguments):
     "What `make` would run, without running it, as if nothing were built yet"
     command = ['make', '--always-make', '--dry-run', f'PYTHON={sys.executable}', *arguments]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    # a `make` that runs these tests hands its own variables on, by two ways
+    ours = {'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'PYTHON', 'VENV', 'VERSIONS'}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
