@@ -21,7 +21,7 @@ import torch
 
 from .base.config import Settings, setting
 from .base.files import ClipcapError
-from .model import CaptionModel, caption_room, encode, pad, token_logits
+from .model import CaptionModel, encode, pad, remaining_tokens, token_logits
 
 # %% ../nbs/05_generate.ipynb #03-010
 @dataclass(frozen=True)
@@ -279,15 +279,16 @@ def _barred(model):
 
 def _longest(model, options):
     # tokens of a caption at most; a ClipcapError where the model has no room for what is asked
-    room = caption_room(model)
-    if room is None or options.max_length <= room:
+    remaining = remaining_tokens(model)
+    if remaining is None or options.max_length <= remaining:
         return options.max_length
     if options.max_length == GenerationOptions.max_length:  # nobody asked for so many
-        return room
+        return remaining
+    prefix = model.config.prefix_vectors
     raise ClipcapError(
         f'max_length {options.max_length}: the language model has '
-        f'{room + model.config.prefix_vectors} positions, {model.config.prefix_vectors} of them '
-        f'for the prefix: ask for {room} tokens at most'
+        f'{remaining + prefix} positions, {prefix} of them '
+        f'for the prefix: ask for {remaining} tokens at most'
     )
 
 
@@ -489,7 +490,7 @@ def score_captions(
     batch_size: int = 64,  # captions scored together
 ) -> list[list[float]]:  # for each of them the mean log-probability per token, in nats: 0 or less
     "How likely the model holds captions of photos to be, the end token of each among its tokens"
-    longest = caption_room(model) or 1024
+    longest = remaining_tokens(model) or 1024
     flat = [caption for of_photo in captions for caption in of_photo]
     rows = iter(encode(model.tokenizer, flat, longest) if flat else [])
     ids = [[next(rows) for _ in of_photo] for of_photo in captions]

@@ -15,10 +15,10 @@ from clipcap.image import Captioner, find_model
 from clipcap.model import (
     CaptionModel,
     MapperConfig,
-    caption_room,
     check_weights,
     load_language,
     read_model_config,
+    remaining_tokens,
     token_logits,
 )
 
@@ -156,7 +156,7 @@ def test_nothing_prompts_and_nothing_foreign_runs(folder, tmp_path):
 def test_prefixes_and_captions_share_the_positions():
     tiny = CaptionModel.from_pretrained(find_model('tiny'))
     positions = tiny.language.config.max_position_embeddings
-    assert caption_room(tiny) == positions - tiny.config.prefix_length
+    assert remaining_tokens(tiny) == positions - tiny.config.prefix_length
     with pytest.raises(ClipcapError, match=f'{positions} positions'):
         CaptionModel(tiny.language, tiny.tokenizer, MapperConfig(prefix_length=positions - 1))
     long = MapperConfig('linear', feature_dim=4, prefix_length=positions - 8)

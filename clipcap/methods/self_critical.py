@@ -25,7 +25,7 @@ from ..base.loop import data_fingerprint, items_per_step, run_training
 from ..base.store import FeatureStore
 from ..base.words import ptb_tokenize
 from ..generate import sample_ids
-from ..model import CaptionModel, caption_room, pad
+from ..model import CaptionModel, pad, remaining_tokens
 from ..train import TrainConfig, make_optimizer
 
 # %% ../../nbs/methods/07_self_critical.ipynb #11-005
@@ -144,8 +144,8 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # token ids (photos * samples, tokens), those of a photo
     # one after the other; and a mask: 1 up to the first end token, which counts, 0 behind it
     "Captions sampled from a model's own distribution"
-    room = caption_room(model)
-    longest = max_length if room is None else min(max_length, room)
+    remaining = remaining_tokens(model)
+    longest = max_length if remaining is None else min(max_length, remaining)
     rows = sample_ids(model, prefix, samples, longest)
     ids, mask = pad(rows, model.tokenizer.eos_token_id)
     return ids.to(prefix.device), mask.to(prefix.device)
