@@ -546,20 +546,18 @@ def draw_study(
     "Precision and variety against temperature, and one against the other"
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.6), layout='constrained')
+    figure = Figure(figsize=(10, 2.6), layout='constrained')
     left, middle, right = figure.subplots(1, 3)
     for ax, column, label in (
         (left, score, f'precision: {score}'),
-        (middle, 'different', 'variety: different captions per photo'),
+        (middle, 'different', 'variety: different\ncaptions per photo'),
     ):
         ax.plot(table.index, table[column], 'o-')
         ax.set(xlabel='temperature', ylabel=label, ylim=(0, None))
-    right.plot(table.different, table[score], 'o-')
+    right.plot(table.different, table[score], c='0.7')
+    points = right.scatter(table.different, table[score], c=table.index, zorder=3)
+    figure.colorbar(points, label='temperature')
     right.set(xlabel='variety', ylabel='precision', ylim=(0, None))
-    for temperature, x, y in zip(table.index, table.different, table[score], strict=True):
-        right.annotate(
-            f'{temperature:g}', (x, y), xytext=(4, 4), textcoords='offset points', fontsize=8
-        )
     return figure
 
 # %% ../nbs/05_generate.ipynb #03-036
