@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['simple_caption', 'plain_captions', 'make_tokenizer', 'make_language', 'write_views', 'add_views', 'recaption',
-           'TinyConfig', 'make_tower', 'make_writer', 'make_captioner', 'make_tiny']
+           'class_caption', 'named_photos', 'TinyConfig', 'make_tower', 'make_writer', 'make_captioner', 'make_tiny']
 
 # %% ../../nbs/tools/04_tiny.ipynb #12-002
 import os
+import random
 import re
 import zlib
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from ..base.captions import read_captions, read_dataset
 from ..base.files import ClipcapError
 from ..base.photos import list_images, open_image, read_ahead
 from ..base.pictures import save_image
+from ..base.scenes import draw_scene
 from ..base.store import FeatureStore
 from ..embed import VisionTower, embed_images
 from ..generate import GenerationOptions
@@ -173,6 +175,31 @@ def recaption(
             rows.append((name, found[n % len(found)].text, 'train'))
     return pd.DataFrame(rows, columns=['image', 'caption', 'split'])
 
+# %% ../../nbs/tools/04_tiny.ipynb #12-n02
+_NOT_A_CLASS = {'background google', 'google background'}
+
+
+def class_caption(
+    photo: str | Path,  # such as n02391049_zebra.jpg or cup_image_0015.webp
+) -> str | None:  # such as "a zebra"; None for a name that tells no class
+    "What the name of an image set's file says of the photo"
+    name = re.sub(r'^n\d{8}_|_(image_)?\d+$', '', Path(photo).stem)
+    name = re.sub(r'\beasy\b', '', name.replace('_', ' ').lower()).strip()
+    if not re.fullmatch(r"[a-z][a-z' -]*", name) or name in _NOT_A_CLASS:
+        return None
+    if re.search(r'[^s]s$', name) and not re.search(r'[iu]s$', name):
+        return name  # of several: scissors
+    return f'{"an" if name[0] in "aeiou" else "a"} {name}'
+
+
+def named_photos(
+    photos: list[Path],  # some of them with a class in the name
+) -> pd.DataFrame:  # image (the file's name), caption, split: train
+    "Photos of things, and what their names say of them"
+    found = {Path(photo).name: class_caption(photo) for photo in photos}
+    rows = [(name, caption, 'train') for name, caption in found.items() if caption]
+    return pd.DataFrame(rows, columns=['image', 'caption', 'split'])
+
 # %% ../../nbs/tools/04_tiny.ipynb #12-029
 def _text_config():
     return TrainConfig(epochs=1, batch_size=64, rate=1.5e-3, warmup=0.05, precision='bf16')
@@ -278,6 +305,7 @@ def make_captioner(
     config: TinyConfig,  # how
     work: Path,  # keeps the runs
     predicted: pd.DataFrame = None,  # from `recaption`
+    others: pd.DataFrame = None,  # captioned pictures of other kinds, without views
 ) -> CaptionModel:
     "A captioner on stored features: word by word, then another's captions, then whole captions"
     torch.manual_seed(config.captions.seed)
@@ -286,18 +314,35 @@ def make_captioner(
     for part in model.language.modules():
         if isinstance(part, nn.Dropout):
             part.p = config.dropout
-    train(model, add_views(table, views), store, config.captions, work / 'captions')
+    # in every step, for what is no longer shown is soon forgotten
+    others = table[:0] if others is None else others
+    both = pd.concat([add_views(table, views), others])
+    train(model, both, store, config.captions, work / 'captions')
     best = CaptionModel.from_pretrained(work / 'captions' / 'best')
     model.load_state_dict(best.state_dict())
     if predicted is not None:
         # to its last epoch: people's captions do not tell the best one
-        both = pd.concat([predicted, table[table.split == 'val']])
+        both = pd.concat([predicted, others, table[table.split == 'val']])
         train(model, both, store, config.predicted, work / 'predicted')
-    every_view = add_views(table, views, each=True)
+    every_view = pd.concat([add_views(table, views, each=True), others])
     self_critical(model, every_view, store, config.reward, work / 'reward')
     return model
 
 # %% ../../nbs/tools/04_tiny.ipynb #12-030-1
+def _other_pictures(work, photos, scenes, size):
+    # captions in the plain form, all to learn from, and where the pictures are
+    others = named_photos(photos)
+    by_name = {Path(photo).name: photo for photo in photos}
+    paths = [by_name[name] for name in others.image]
+    for index in range(scenes):
+        picture, captions = draw_scene(random.Random(f'tiny-{index}'), size)
+        paths.append(work / 'scenes' / f'drawn-{index:05}.jpg')
+        save_image(picture, paths[-1])
+        rows = pd.DataFrame(dict(image=paths[-1].name, caption=captions, split='train'))
+        others = pd.concat([others, plain_captions(rows)])
+    return others, paths
+
+
 def make_tiny(
     captioned: str | Path,  # a data set's folder: photos, captions, splits (Flickr8k)
     unlabelled: dict,  # folders with photos of anything, and how often each is shown per epoch
@@ -307,6 +352,8 @@ def make_tiny(
     work: str | Path,  # keeps what is made on the way: about 10 GB for 40,000 photos
     config: TinyConfig = None,  # how; None = as the bundled model was made
     captioner: str | Path = None,  # another one to learn from: larger, with a better tower
+    scenes: int = 0,  # drawn ones, which it learns to caption, too
+    named: tuple = (),  # folders of unlabelled photos whose names tell a class: short captions
 ):
     "Make the bundled model, from nothing"
     config = config or TinyConfig()
@@ -316,6 +363,9 @@ def make_tiny(
     captions = table[table.split == 'train'].groupby('image', sort=False).caption.apply(list)
     captions = {photos / name: texts for name, texts in captions.items()}
     shown = {path: times for place, times in unlabelled.items() for path in list_images(place)}
+    things = [path for place in named for path in list_images(place)]
+    others, other_photos = _other_pictures(work, things, scenes, config.size)
+    shown = dict.fromkeys(other_photos, 1) | shown
     shown |= dict.fromkeys(captions, config.repeats)
     large = VisionTower.from_pretrained(
         teacher, 'grid', config.teacher_size, max_cells=config.cells
@@ -325,16 +375,17 @@ def make_tiny(
     views = write_views(list(captions), work / 'views', config.views, config.size)
     all_photos = [photos / name for name in table.image.unique()]
     all_views = [file for files in views for file in files]
-    store = embed_images(tower, all_photos + all_views, work / 'features')
+    store = embed_images(tower, all_photos + all_views + other_photos, work / 'features')
     views = {
         path.name: [file.name for file in files]
         for path, files in zip(captions, views, strict=True)
     }
     text = read_captions(more_text).assign(image='', split='train')
-    writer = make_writer(pd.concat([plain_captions(text), table]), config, work)
+    texts = pd.concat([plain_captions(text), table, others])
+    writer = make_writer(texts, config, work)
     predicted = None
     if captioner:
         predicted = recaption(list(captions), views, Captioner(captioner))
-    model = make_captioner(table, views, store, writer, config, work, predicted)
+    model = make_captioner(table, views, store, writer, config, work, predicted, others)
     tower.model.half()
     model.save_pretrained(folder, tower, dtype=torch.float16)
