@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pixels_of', 'look', 'hypercolumn', 'on_cpu_for_mps', 'features_of', 'quiet', 'best_device', 'hub_answers',
-           'load_options', 'check_finite', 'load_vision_model', 'fingerprint', 'VisionTower', 'pixel_batches',
-           'embed_images']
+           'load_options', 'load_weights', 'check_finite', 'load_vision_model', 'fingerprint', 'VisionTower',
+           'pixel_batches', 'embed_images']
 
 # %% ../nbs/02_embed.ipynb #01-002
 import hashlib
@@ -223,6 +223,19 @@ def load_options(
     return dict(trust_remote_code=False, local_files_only=here)
 
 
+def load_weights(
+    kind,  # a class of transformers, such as `AutoModel`
+    name: str | Path,  # a transformers folder, or a model of the Hugging Face Hub
+    options: dict,  # from `load_options`, and more
+) -> tuple:  # the model in float32, and what was missing or strange in its file
+    "A model of transformers"
+    # the classes called Auto look for adapters (peft) first, on the Hub unless they are told
+    adapters = dict(local_files_only=options['local_files_only'])
+    return kind.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, adapter_kwargs=adapters, **options
+    )
+
+
 def _vision_half(config):
     # the config and the class of the half that sees
     vision = getattr(config, 'vision_config', config)
@@ -271,11 +284,11 @@ def load_vision_model(
         with quiet():
             config, kind = _vision_half(AutoConfig.from_pretrained(name, **options))
             processor = AutoImageProcessor.from_pretrained(name, backend='pil', **options)
-            options |= dict(config=config, dtype=torch.float32, output_loading_info=True)
-            model, report = kind.from_pretrained(name, **options)
+            options['config'] = config
+            model, report = load_weights(kind, name, options)
             if len(report['missing_keys']) == len(model.state_dict()):
                 # before transformers 5.21, a tower without a projection names its weights otherwise
-                model, report = MODEL_MAPPING[type(config)].from_pretrained(name, **options)
+                model, report = load_weights(MODEL_MAPPING[type(config)], name, options)
         model = _without_what_is_missing(model, report['missing_keys'])
         check_finite(model)
         return model.to(device), processor

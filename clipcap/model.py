@@ -29,7 +29,7 @@ from clipcap.base.files import (
     write_folder,
     write_json,
 )
-from .embed import check_finite, load_options, quiet
+from .embed import check_finite, load_options, load_weights, quiet
 
 # %% ../nbs/03_model.ipynb #02-013
 MAPPERS = ('linear', 'mlp', 'transformer', 'clip-gpt')
@@ -285,9 +285,7 @@ def load_language(
         _register_language(Path(name))
         options = load_options(name)
         with quiet():
-            language, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, **options
-            )
+            language, report = load_weights(AutoModelForCausalLM, name, options)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except ClipcapError:
         raise

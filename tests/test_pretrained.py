@@ -290,10 +290,10 @@ def published_beam(gpt, prefix, width):
             if stopped:
                 offers.append((score / length, tokens + [0], length, True))
                 continue
-            chances = next(after)
+            log_probabilities = next(after)
             offers += [
-                ((score + chance) / (length + 1), tokens + [t], length + 1, t == 13)
-                for t, chance in enumerate(chances)
+                ((score + value) / (length + 1), tokens + [t], length + 1, t == 13)
+                for t, value in enumerate(log_probabilities)
             ]
         offers = sorted(offers, key=lambda offer: -offer[0])[:width]
         slots = [

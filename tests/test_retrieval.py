@@ -1,6 +1,7 @@
 "Two towers and detectors: what is damaged, strange or foreign is refused, never judged by"
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import root
+from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clipcap.base.files import ClipcapError
+from clipcap.image import find_model
 from clipcap.methods.regions import Detector, RegionTower, make_random_detector, open_regions
 from clipcap.methods.retrieval import (
     TwoTowers,
@@ -177,3 +180,40 @@ def test_a_fingerprint_leaves_the_device_before_it_is_doubled(tmp_path):
     state = {k: v.as_subclass(OnMps) for k, v in detector.model.state_dict().items()}
     detector.model.state_dict = lambda: state
     assert RegionTower(pooled, detector, 2).fingerprint == plain
+
+
+asking = '''
+import sys, time
+from clipcap.base.files import ClipcapError
+from clipcap.methods.regions import Detector
+from clipcap.methods.retrieval import TwoTowers
+from clipcap.model import load_language
+for line in sys.stdin:
+    kind, name = line.split()
+    start = time.time()
+    try:
+        if kind == 'language':
+            load_language(name)
+        else:
+            (TwoTowers if kind == 'towers' else Detector)(name, 'cpu')
+        print('opened', flush=True)
+    except ClipcapError as error:
+        print(f'{time.time() - start:.0f}', error, flush=True)
+'''
+
+
+def test_without_the_hub_models_come_from_the_cache_at_once(tmp_path):
+    make_random_clip(tmp_path / 'hub' / 'clip', ['a red ball', 'a star'])
+    make_random_detector(tmp_path / 'hub' / 'detr')
+    language = find_model('tiny') / 'language'
+    shutil.copytree(language, tmp_path / 'hub' / 'gpt')
+    hub = Hub(tmp_path / 'hub')
+    wanted = ['towers someone/clip', 'detector someone/detr', 'language someone/gpt']
+    with hub.asked(asking, tmp_path / 'home') as ask:
+        assert [ask(line) for line in wanted] == ['opened'] * 3
+        hub.close()
+        assert [ask(line) for line in wanted] == ['opened'] * 3
+        for kind in ('towers', 'detector', 'language'):
+            seconds, reason = ask(f'{kind} someone/else').split(maxsplit=1)
+            assert int(seconds) < 15
+            assert 'someone/else' in reason

@@ -200,7 +200,7 @@ def test_who_reads_goes_on_reading_what_was_there(tmp_path, photos):
         assert 'was changed while it was read' in refusal(reader.__getitem__, 3)
 
 
-# ---- broken off
+# ---- interrupted
 @posix
 @pytest.mark.parametrize('replaced', [False, True])
 def test_killed_at_every_step_and_started_again_all_is_right(tmp_path, photos, replaced):

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from ..base.files import ClipcapError
 from ..base.photos import open_image
 from ..base.pictures import load_font
-from ..embed import VisionTower, best_device, load_options, quiet
+from ..embed import VisionTower, best_device, load_options, load_weights, quiet
 from ..image import load_tower
 from .retrieval import reason_of
 from ..model import check_weights
@@ -161,9 +161,7 @@ class Detector:
         try:
             options = load_options(name)
             with quiet():
-                model, report = AutoModelForObjectDetection.from_pretrained(
-                    name, dtype=torch.float32, output_loading_info=True, **options
-                )
+                model, report = load_weights(AutoModelForObjectDetection, name, options)
                 self.processor = AutoImageProcessor.from_pretrained(name, backend='pil', **options)
         except Exception as error:  # whatever transformers and the Hub may raise
             raise ClipcapError(

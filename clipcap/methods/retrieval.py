@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..base.files import ClipcapError
-from ..embed import best_device, load_options, pixel_batches, pixels_of, quiet
+from ..embed import best_device, load_options, load_weights, pixel_batches, pixels_of, quiet
 from ..model import check_weights
 
 # %% ../../nbs/methods/03_retrieval.ipynb #09-007
@@ -92,9 +92,7 @@ def _load_towers(name):
     try:
         options = load_options(name)
         with quiet():
-            model, report = AutoModel.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, **options
-            )
+            model, report = load_weights(AutoModel, name, options)
             if not hasattr(model, 'get_text_features'):
                 kind = model.config.model_type
                 raise ValueError(f'a {kind} model has no text tower beside one for photos')
