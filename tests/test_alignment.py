@@ -21,11 +21,11 @@ from faults import fail_at_call
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import clipcap.methods.alignment
-import clipcap.methods.regions
 from clipcap.base.files import ClipcapError, lock
 from clipcap.base.scenes import draw_dataset
 from clipcap.base.store import FeatureStore
+from clipcap.methods import alignment as alignment_module
+from clipcap.methods import regions as regions_module
 from clipcap.methods.alignment import (
     AlignConfig,
     Aligner,
@@ -275,7 +275,7 @@ def test_a_run_goes_on_where_it_was_killed(step, world, tmp_path, monkeypatch):
     unbroken = new(table, store, config)
     history = train_aligner(unbroken, table, store, tmp_path / 'unbroken', progress=False)
     assert len(history) == 4
-    fail_at_call(monkeypatch, clipcap.methods.alignment, 'ranking_loss', step)
+    fail_at_call(monkeypatch, alignment_module, 'ranking_loss', step)
     with pytest.raises(KeyboardInterrupt):
         killed = new(table, store, config)
         train_aligner(killed, table, store, tmp_path / 'run', progress=False)
@@ -698,12 +698,12 @@ def test_a_broken_photo_is_left_out(scenes, tmp_path):
 
 def test_labels_in_any_script_are_drawn_with_a_font_that_has_them(monkeypatch):
     asked = []
-    real = clipcap.methods.regions.load_font
+    real = regions_module.load_font
 
     def listening(size, text='', bold=False):
         asked.append(text)
         return real(size, text, bold)
 
-    monkeypatch.setattr(clipcap.methods.regions, 'load_font', listening)
+    monkeypatch.setattr(regions_module, 'load_font', listening)
     draw_regions(Image.new('RGB', (40, 32)), np.array([[0, 0, 1, 1]]), ['красный шар'], 100)
     assert asked == ['красный шар']
