@@ -24,6 +24,7 @@ from typer.main import get_command
 from clipcap.base.photos import list_images
 from clipcap.base.scenes import draw_dataset
 from clipcap.cli.main import app
+from clipcap.cli.models import new_command
 
 command = [sys.executable, '-m', 'clipcap.cli.main']
 offline = dict(HTTP_PROXY='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9', NO_PROXY='')
@@ -648,3 +649,46 @@ def test_embed(scenes, photos, tmp_path):
     (tmp_path / 'broken' / 'b.jpg').write_text('no photo')
     said, lines = clipcap('embed', tmp_path / 'broken', '--output', tmp_path / 'y', code=1)
     assert '2 photos' in said and 'b.jpg' in lines[0] and '1 photo' in lines[-1]
+
+
+# ---- models, and the programs of an earlier project
+def test_models_are_listed():
+    printed, [where] = clipcap('models')
+    [tiny] = [line for line in printed.splitlines() if line.startswith('tiny ')]
+    assert ' here ' in tiny and ' MB ' in tiny
+    assert 'fetched when it is first asked for' in where
+    printed, lines = clipcap('models', 'tiny', 'tinny', code=1)
+    assert printed.startswith('tiny\t')
+    assert "model 'tinny'" in lines[0] and lines[-1].endswith('1 of 2 models could not be fetched')
+
+
+@pytest.mark.parametrize(
+    'old, new',
+    {
+        'image2caption.py -I a.jpg -R out -T 0.5 -S l': 'caption a.jpg --render out '
+        '--temperature 0.5 --model flickr30k-large',
+        'predict --img-path=a.jpg': 'caption a.jpg --model flickr30k-small',
+        'v2c.py -V a.mp4 --num-frames 3': 'video a.mp4 --number 3 --model flickr30k-large --frames',
+    }.items(),
+)
+def test_programs_of_an_earlier_project_have_new_names(old, new):
+    program, *arguments = old.split()
+    assert new_command(program, arguments) == new.split()
+
+
+@pytest.mark.parametrize(
+    'arguments, reason',
+    [
+        (['predit'], "'predit' is none of"),
+        (['training.py', '-S', 'S'], 'clipcap train DATA'),
+        (['predict', '-I'], "the value of '-I' is missing"),
+        (['v2c', '-V', 'a.mp4', '-Q', '1'], "had no option '-Q'"),
+    ],
+)
+def test_programs_that_are_none(arguments, reason):
+    _, lines = clipcap('legacy', *arguments, code=2)
+    assert reason in ' '.join(lines)
+
+
+def test_help_of_the_earlier_programs():
+    assert clipcap('legacy', '-h')[0].startswith('Usage: clipcap legacy')
