@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAPPERS', 'MapperConfig', 'MLPMapper', 'TransformerMapper', 'Mapper', 'ClipGptMapper', 'make_mapper',
-           'remaining_tokens', 'token_logits', 'check_weights', 'load_language', 'read_model_config', 'CaptionModel',
-           'encode', 'pad', 'add_lora']
+           'remaining_tokens', 'read_captions', 'token_logits', 'check_weights', 'load_language', 'read_model_config',
+           'CaptionModel', 'encode', 'pad', 'add_lora']
 
 # %% ../nbs/03_model.ipynb #02-002
 import copy
@@ -197,6 +197,37 @@ def remaining_tokens(
     return None if positions is None else positions - model.config.prefix_vectors
 
 
+def read_captions(
+    model,  # a `CaptionModel`
+    prefix: torch.Tensor,  # (photos, prefix vectors, embedding_dim), from the model's mapper
+    ids: torch.Tensor,  # (batch, tokens): captions, padded on the right
+    mask: torch.Tensor,  # (batch, tokens): 1 = token, 0 = padding
+    photos: torch.Tensor = None,  # (batch,): row of the prefix for each caption; None: one each
+):  # transformers' output, its logits those of the captions' tokens: (batch, tokens, vocabulary)
+    "What the language model makes of given captions behind their prefixes"
+    if hasattr(model.language, 'read_captions'):  # it looks at the photo before every word
+        return model.language.read_captions(prefix, ids, photos)
+    remaining = remaining_tokens(model)
+    if remaining is not None and ids.shape[1] > remaining:
+        raise ClipcapError(
+            f'captions of {ids.shape[1]} tokens behind a prefix of {model.config.prefix_vectors}: '
+            f'the language model has {remaining + model.config.prefix_vectors} positions; '
+            'take a shorter prefix, or cut the captions'
+        )
+    if photos is not None:
+        prefix = prefix[photos]
+    embeddings = torch.cat([prefix, model.language.get_input_embeddings()(ids)], 1)
+    attention_mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1)
+    output = model.language(
+        inputs_embeds=embeddings,
+        attention_mask=attention_mask,
+        use_cache=False,
+        logits_to_keep=ids.shape[1] + 1,
+    )
+    output.logits = output.logits[:, :-1]
+    return output
+
+
 def token_logits(
     model,  # a `CaptionModel`
     features: torch.Tensor,  # (batch, cells, feature_dim)
@@ -205,24 +236,8 @@ def token_logits(
     photos: torch.Tensor = None,  # (batch,): row of the features for each caption; None: one each
 ) -> torch.Tensor:  # (batch, tokens, vocabulary): predicted from the photo and the tokens before
     "Raw logits for every token of given captions"
-    remaining = remaining_tokens(model)
-    if remaining is not None and ids.shape[1] > remaining:
-        raise ClipcapError(
-            f'captions of {ids.shape[1]} tokens behind a prefix of {model.config.prefix_vectors}: '
-            f'the language model has {remaining + model.config.prefix_vectors} positions; '
-            'take a shorter prefix, or cut the captions'
-        )
     prefix = model.mapper(features)  # once per photo, however many captions it has here
-    if photos is not None:
-        prefix = prefix[photos]
-    embeddings = torch.cat([prefix, model.language.get_input_embeddings()(ids)], 1)
-    attention_mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1)
-    return model.language(
-        inputs_embeds=embeddings,
-        attention_mask=attention_mask,
-        use_cache=False,
-        logits_to_keep=ids.shape[1] + 1,
-    ).logits[:, :-1]
+    return read_captions(model, prefix, ids, mask, photos).logits
 
 # %% ../nbs/03_model.ipynb #02-026-b
 # no weights: constants and counters that older versions kept among them
@@ -379,11 +394,14 @@ class CaptionModel(nn.Module):
 
     def forward(self, features, ids, mask, photos=None, label_smoothing=0.0):
         "Mean cross-entropy per token, in nats; arguments as in `token_logits`"
-        logits = token_logits(self, features, ids, mask, photos)
+        output = read_captions(self, self.mapper(features), ids, mask, photos)
         targets = ids.masked_fill(mask == 0, -100)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing
+        loss = F.cross_entropy(
+            output.logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing
         )
+        if self.training and hasattr(self.language, 'extra_loss'):  # where attention is to go
+            loss = loss + self.language.extra_loss(output, mask)
+        return loss
 
     def _write(self, folder, tower, dtype):
         config = {

@@ -156,7 +156,8 @@ def settings_table(
 # %% ../../nbs/base/08_config.ipynb #08co-017
 FEATURES = ('grid', 'pooled', 'hypercolumn', 'projected')  # what is kept of what a tower sees
 MAPPERS = ('linear', 'mlp', 'transformer')
-NEW_LANGUAGES = ('new-lstm', 'new-image-lstm', 'new-gpt')  # language models made from the captions
+# language models made from the captions; the third looks at a grid of places
+NEW_LANGUAGES = ('new-lstm', 'new-image-lstm', 'new-attention-lstm', 'new-gpt')
 TRACKERS = ('tensorboard', 'wandb')
 
 # %% ../../nbs/base/08_config.ipynb #08co-019
@@ -266,6 +267,12 @@ class Parts(Settings):
     dropout: float | None = setting(
         None, 'Share of the features that is dropped in training.', low=0, below=1
     )
+    doubly_stochastic: float | None = setting(
+        None,
+        'Weight of the term that spreads the looks of a new-attention-lstm over the photo; else 1.',
+        low=0,
+        high=1000,
+    )
 
 
 @dataclass(frozen=True)
@@ -293,6 +300,17 @@ class Recipe(TrainConfig, Parts):
         super().__post_init__()
         for name, why in self._without_effect():
             raise ClipcapError(f'{name} {getattr(self, name)} has no effect {why}')
+        if self.language == 'new-attention-lstm':
+            if self.features not in (None, 'grid'):
+                raise ClipcapError(
+                    f'features {self.features}: new-attention-lstm looks at one place after the '
+                    'other: take features grid'
+                )
+            if self.mapper == 'transformer':
+                raise ClipcapError(
+                    'mapper transformer: its prefix has no places that new-attention-lstm could '
+                    'look at: take mapper linear or mlp'
+                )
 
     def _without_effect(self):
         if self.text_epochs and self.language not in NEW_LANGUAGES:
@@ -307,6 +325,8 @@ class Recipe(TrainConfig, Parts):
             yield 'mapper_heads', 'without mapper transformer: name that, too'
         if self.reward_dropout is not None and not self.reward_steps:
             yield 'reward_dropout', 'without reward_steps'
+        if self.doubly_stochastic is not None and self.language not in (None, 'new-attention-lstm'):
+            yield 'doubly_stochastic', 'but on new-attention-lstm'
         if self.model != 'tiny' and self.tower and self.language:
             yield 'model', 'where tower and language are named: leave out one of the three'
 
@@ -324,6 +344,10 @@ _LSTM = dict(
     weight_decay=0.05,
     label_smoothing=0.1,
 )
+# a vector for each place instead of one for the photo
+_ATTENTION = {name: value for name, value in _LSTM.items() if name != 'prefix_length'}
+# the paper's weight of 1 makes the looks on a small data set nearly even
+_ATTENTION |= dict(features='grid', doubly_stochastic=0.1)
 
 PRESETS = {
     'small': dict(
@@ -387,6 +411,7 @@ PRESETS = {
     ),
     'show-and-tell': dict(_LSTM, language='new-lstm'),
     'image-lstm': dict(_LSTM, language='new-image-lstm'),
+    'show-attend-tell': dict(_ATTENTION, language='new-attention-lstm'),
 }
 
 # %% ../../nbs/base/08_config.ipynb #08co-al1

@@ -25,7 +25,7 @@ from ..base.loop import data_fingerprint, items_per_step, run_training
 from ..base.store import FeatureStore
 from ..base.words import ptb_tokenize
 from ..generate import sample_ids
-from ..model import CaptionModel, pad, remaining_tokens
+from ..model import CaptionModel, pad, read_captions, remaining_tokens
 from ..train import TrainConfig, make_optimizer
 
 # %% ../../nbs/methods/07_self_critical.ipynb #11-005
@@ -158,13 +158,7 @@ def token_log_probabilities(
     mask: torch.Tensor,  # (captions, tokens): 1 = token, 0 = padding
 ) -> torch.Tensor:  # (captions, tokens), in nats
     "How likely each token is, after the prefix and the tokens before it"
-    embeddings = torch.cat([prefix, model.language.get_input_embeddings()(ids)], 1)
-    logits = model.language(
-        inputs_embeds=embeddings,
-        attention_mask=torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1),
-        use_cache=False,
-        logits_to_keep=ids.shape[1] + 1,
-    ).logits[:, :-1]
+    logits = read_captions(model, prefix, ids, mask).logits
     return logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
 
 # %% ../../nbs/methods/07_self_critical.ipynb #11-010c

@@ -36,6 +36,7 @@ from ..embed import VisionTower, embed_images
 from ..evaluate import evaluate_captions, metric_words
 from ..generate import GenerationOptions, generate_captions
 from ..image import find_model, load_tower
+from ..methods.attention import AttentionLanguage, make_attention_lstm
 from ..methods.lstm import Vocabulary, make_lstm, word_tokenizer
 from ..methods.self_critical import RewardConfig, blend, self_critical
 from ..model import CaptionModel, MapperConfig, add_lora, load_language
@@ -50,6 +51,8 @@ def _fitting(preset, chosen):
     if chosen.get('mapper', 'transformer') != 'transformer':
         left.pop('mapper_layers', None)
         left.pop('mapper_heads', None)
+    if chosen.get('language', 'new-attention-lstm') != 'new-attention-lstm':
+        left.pop('doubly_stochastic', None)
     if chosen.get('freeze_language'):
         left.pop('language_rate', None)
     return left
@@ -102,6 +105,8 @@ def new_language(
         return make_language(tokenizer), tokenizer
     threshold = max(1, min(5, len(captions) // 1000))
     tokenizer = word_tokenizer(Vocabulary.from_captions(captions, threshold=threshold))
+    if kind == 'new-attention-lstm':
+        return make_attention_lstm(tokenizer), tokenizer
     return make_lstm(tokenizer, image_every_step=kind == 'new-image-lstm'), tokenizer
 
 # %% ../../nbs/tools/05_recipe.ipynb #08-text-b
@@ -141,6 +146,24 @@ def _new_mapper(recipe, tower):
     )
 
 
+def _set_attention(recipe, model, tower):
+    # what holds for a language model that looks at places of the photo
+    if not isinstance(model.language, AttentionLanguage):
+        if recipe.doubly_stochastic is not None:
+            raise ClipcapError(
+                f'doubly_stochastic {recipe.doubly_stochastic} has no effect: the language model '
+                'has no attention over a photo (new-attention-lstm)'
+            )
+        return
+    if tower.cells == 1 or model.config.kind == 'transformer':
+        raise ClipcapError(
+            f'features {tower.features}: this language model looks at one place of the photo after '
+            'the other: take features grid, and mapper linear or mlp'
+        )
+    if recipe.doubly_stochastic is not None:
+        model.language.config.doubly_stochastic = recipe.doubly_stochastic
+
+
 def begin_model(
     recipe: Recipe,  # which parts
     tower: VisionTower,  # whose features it will read
@@ -166,6 +189,7 @@ def begin_model(
         else:
             language, tokenizer = start.language, start.tokenizer
         model = CaptionModel(language, tokenizer, mapper, recipe.freeze_language)
+    _set_attention(recipe, model, tower)
     return add_lora(model, recipe.lora) if recipe.lora else model
 
 # %% ../../nbs/tools/05_recipe.ipynb #08-018
