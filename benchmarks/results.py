@@ -29,7 +29,7 @@ import transformers
 
 import clipcap
 from clipcap.base.captions import read_dataset
-from clipcap.base.config import PRESETS
+from clipcap.base.config import changed_settings
 from clipcap.base.files import (
     ClipcapError,
     lock,
@@ -47,7 +47,6 @@ from clipcap.model import CaptionModel
 from clipcap.tools.recipe import (
     cider_score,
     read_recipe,
-    recipe_text,
     reward_captions,
     train_recipe,
 )
@@ -79,6 +78,7 @@ ROWS = {
     'prefix MLP': MLP,
     'photo at every step': LSTM,
     'Show and Tell': SHOW_AND_TELL,
+    'Show, Attend and Tell': POOLED | dict(preset='show-attend-tell', features='grid'),
     'photo at every step, rewarded': LSTM | REWARDED,
     'prefix MLP, label smoothing': MLP | dict(label_smoothing=0.1),
     'prefix MLP, feature dropout': MLP | dict(dropout=0.3),
@@ -94,8 +94,6 @@ ROWS = {
     'prefix transformer, grid': TRANSFORMER | dict(features='grid'),
     'ensemble of three seeds': ('photo at every step, rewarded', SEEDS),
 }
-if 'show-attend-tell' in PRESETS:
-    ROWS['Show, Attend and Tell'] = POOLED | dict(preset='show-attend-tell', features='grid')
 
 # A row and the one that it differs from in one thing alone
 CONTROLS = {
@@ -233,7 +231,9 @@ class Study:
         return folder, embed_images(tower, paths, folder, self.photos, progress=False), tower
 
     def run_folder(self, recipe):
-        return self.work / ('run-' + hashlib.sha256(recipe_text(recipe).encode()).hexdigest()[:12])
+        # a setting that is new and left as it is makes no other run
+        settings = repr(sorted(changed_settings(recipe).items()))
+        return self.work / ('run-' + hashlib.sha256(settings.encode()).hexdigest()[:12])
 
     def train_words(self, recipe, say):
         "The epochs, without the rewards: the folder of the run"
