@@ -1,6 +1,7 @@
 "Attention: known answers, at once and step by step, batches, beams, folders, maps; the shell"
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,6 +218,13 @@ def test_a_weight_without_attention_is_refused():
     assert 'no effect' in one_line(read_recipe, language='new-lstm', doubly_stochastic=1.0)
     recipe = read_recipe(doubly_stochastic=1.0)
     assert 'no effect' in one_line(begin_model, recipe, tower)
+
+
+def test_the_preset_with_another_language_model():
+    writing = read_recipe('show-attend-tell', text_epochs=1)
+    assert replace(writing, language='a folder', text_epochs=0).doubly_stochastic == 0.1
+    other = read_recipe('show-attend-tell', language='new-lstm', features='pooled')
+    assert other.doubly_stochastic is None
 
 
 def test_a_model_without_attention_has_no_maps():

@@ -325,7 +325,8 @@ class Recipe(TrainConfig, Parts):
             yield 'mapper_heads', 'without mapper transformer: name that, too'
         if self.reward_dropout is not None and not self.reward_steps:
             yield 'reward_dropout', 'without reward_steps'
-        if self.doubly_stochastic is not None and self.language not in (None, 'new-attention-lstm'):
+        others = {*NEW_LANGUAGES} - {'new-attention-lstm'}
+        if self.doubly_stochastic is not None and self.language in others:
             yield 'doubly_stochastic', 'but on new-attention-lstm'
         if self.model != 'tiny' and self.tower and self.language:
             yield 'model', 'where tower and language are named: leave out one of the three'
