@@ -32,6 +32,7 @@ from clipcap.base.captions import read_dataset
 from clipcap.base.config import changed_settings
 from clipcap.base.files import (
     ClipcapError,
+    end_cleanly_on_sigterm,
     lock,
     read_json,
     write_folder,
@@ -483,6 +484,7 @@ def main():
     if given.data and not given.work:
         parser.error('give DATA, TOWERS and WORK, or none of them')
     if given.data:
+        end_cleanly_on_sigterm()  # the minutes of a run that is killed count, too
         train_all(given.data, given.towers, given.work, given.rows, given.seeds)
     write_json(table_file, make_table(read_results()), indent=1)
 
