@@ -553,8 +553,8 @@ def test_bad_files(cache, tmp_path):
         'trap.pt': 'more than weights',
         'trap_old.pt': 'more than weights',
         'quota.pt': 'web page',
-        'empty.pt': 'cut short',
-        'words.pt': 'cut short',
+        'empty.pt': 'truncated',
+        'words.pt': 'truncated',
         'other.pt': 'conv1.weight',
         'list.pt': 'layout',
         'tensor.pt': 'layout',
@@ -563,7 +563,7 @@ def test_bad_files(cache, tmp_path):
         'wordless.pt': 'incomplete',
         'missing.pt': 'no such file',
     }
-    for name, why in (wanted | {p.name: 'cut short' for p in tmp_path.glob('cut*')}).items():
+    for name, why in (wanted | {p.name: 'truncated' for p in tmp_path.glob('cut*')}).items():
         line = refusal(find_published, tmp_path / name)
         assert name in line and why in line.lower(), line
     assert not (tmp_path / 'sprung').exists() and [p.name for p in cache.iterdir()] == [

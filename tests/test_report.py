@@ -190,7 +190,7 @@ def test_ids_and_names_through_the_command(tmp_path):
 
 def test_what_could_mean_two_photos_is_refused_or_said(tmp_path):
     swapped = {'1.jpg': 2, '2.jpg': 1}
-    with pytest.raises(ClipcapError, match='could be told by id or by name without suffix'):
+    with pytest.raises(ClipcapError, match='could be identified by id or by name without suffix'):
         read_keys(['1', '2'], swapped, tmp_path)
     with pytest.warns(UserWarning, match="taken for the data set's id"):  # as COCO's format says
         assert read_keys([1, 2], swapped, tmp_path) == {'1.jpg': '2', '2.jpg': '1'}

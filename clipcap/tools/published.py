@@ -108,7 +108,7 @@ def check_file(
         raise ClipcapError(f'{file}: cannot be read ({error.strerror})') from error
     if checkpoint and checkpoint.size not in (None, size):
         raise ClipcapError(
-            f'{file}: {size} bytes instead of {checkpoint.size}, so it is cut short or another file'
+            f'{file}: {size} bytes instead of {checkpoint.size}, so it is truncated or another file'
         )
     if checkpoint and checkpoint.sha256 not in (None, digest.hexdigest()):
         raise ClipcapError(f'{file}: not the file that was published (its sha256 differs)')
