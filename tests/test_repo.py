@@ -182,6 +182,16 @@ def test_solutions_export_nothing_and_their_lesson_names_them(path):
     assert link in text, f'{lesson.name}: link the solutions: {link}'
 
 
+def test_every_lesson_ends_with_exercises_that_are_solved():
+    lessons = [*nbs.glob('*.ipynb'), *(nbs / 'methods').glob('*.ipynb')]
+    solved = {path.relative_to(nbs / 'solutions') for path in solutions}
+    assert {path.relative_to(nbs) for path in lessons} == solved
+    for path in lessons:
+        text = '\n'.join(''.join(c['source']) for c in read(path)['cells'])
+        for heading in 'What you now know', 'Exercises', 'Further reading':
+            assert f'## {heading}' in text, f'{path.name}: {heading}'
+
+
 def names_in(text):
     return set(re.findall(r'\w+', text))
 
