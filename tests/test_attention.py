@@ -262,6 +262,7 @@ def test_maps_of_a_trained_model(trained):
     assert ' '.join(attention_maps(captioner, photo).words) == captioner.caption(photo)[0]
     assert draw_attention(maps, columns=2, width=60).width > 120
     assert attention_maps(captioner, photo, '').words == []
+    assert len(attention_maps(captioner, photo, 'a red ball ' * 30).words) == 90
 
 
 def test_the_command_line_trains_and_captions(trained, tmp_path):

@@ -275,7 +275,7 @@ def attention_maps(
         (caption,) = captioner.caption(photo)
     pixels = tower.preprocess([photo])
     like = model.mapper.mean
-    ids = torch.tensor(encode(model.tokenizer, [caption]), device=like.device)
+    ids = torch.tensor(encode(model.tokenizer, [caption], 1000), device=like.device)
     output = model.language(model.mapper(tower(pixels).to(like.device, like.dtype)), ids)
     probabilities = output.logits[0].float().softmax(-1).gather(1, ids[0, :, None])[:-1, 0]
     return AttentionMaps(
