@@ -215,7 +215,8 @@ def read_captions(
             'take a shorter prefix, or cut the captions'
         )
     if photos is not None:
-        prefix = prefix[photos]
+        # index_select: the gradient of indexing adds up in no fixed order on several threads
+        prefix = prefix.index_select(0, photos)
     embeddings = torch.cat([prefix, model.language.get_input_embeddings()(ids)], 1)
     attention_mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1)
     output = model.language(

@@ -129,7 +129,9 @@ class AttentionLanguage(PreTrainedModel):
         mean = places.mean(1)
         h, c = self.first_h(mean).tanh(), self.first_c(mean).tanh()
         found = (places, self.attention.key(places), h, c)
-        return AttentionMemory(*(found if photos is None else (part[photos] for part in found)))
+        return AttentionMemory(
+            *(found if photos is None else (part.index_select(0, photos) for part in found))
+        )
 
     def step(
         self,
@@ -210,7 +212,8 @@ class AttentionState:
         photos, memory = self.photos[rows], self.memory
         places, keys = memory.places, memory.keys
         if not torch.equal(photos, self.photos):  # beams change places within their photo
-            places, keys = self.once.places[photos], self.once.keys[photos]
+            places = self.once.places.index_select(0, photos)
+            keys = self.once.keys.index_select(0, photos)
         self.photos = photos
         self.memory = AttentionMemory(places, keys, memory.h[rows], memory.c[rows])
         self.logits, self.weights = self.logits[rows], self.weights[rows]
