@@ -626,7 +626,7 @@ class CaptionWidget(Asking):
 # %% ../nbs/11_widgets.ipynb #wc-w31
 def score_drawn(
     captions: list[list[str]],  # of each photo
-    references: list[list[str]],  # what people said of each
+    references: list[list[str]],  # reference captions of each
 ) -> dict:  # BLEU-1, CIDEr: means over all captions
     "How well many captions per photo agree with people's"
     drawn = {}
@@ -704,7 +704,7 @@ class SweepWidget(Asking):
         self,
         captioner,  # anything with `candidates` or `caption`
         photos,  # as for `name_photos`
-        references: list[list[str]] = None,  # what people said of each; None: no curve
+        references: list[list[str]] = None,  # reference captions of each; None: no curve
         temperatures: tuple = TEMPERATURES,
         score: str = 'BLEU-1',  # or CIDEr: what stands for precision in the curve
         **traits,

@@ -1,10 +1,11 @@
-"A very small caption model, its words and its features: for tests of training"
+"A very small caption model, its words and its features, and what holds for every model"
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from clipcap.generate import GenerationOptions, generate_captions
 from clipcap.model import CaptionModel, MapperConfig
 
 words = ['<|endoftext|>', *'abcdefghij']
@@ -48,3 +49,16 @@ def small_model(dropout=0.0):
     )
     mapper = MapperConfig('mlp', feature_dim=16, prefix_length=2, dropout=dropout)
     return CaptionModel(language, tokenizer, mapper)
+
+
+def assert_batches_change_no_caption(model, features):
+    "Greedy, beams and sampling: a photo alone gets the captions that it gets among others"
+    for options in (
+        GenerationOptions(beams=1),
+        GenerationOptions(),
+        GenerationOptions(beams=4, candidates=3),
+        GenerationOptions(temperature=1.0, seed=3, candidates=2),
+    ):
+        together = generate_captions(model, features, options)
+        assert together == generate_captions(model, features, options, batch_size=1)
+        assert together == generate_captions(model, features, options, batch_size=4)

@@ -8,6 +8,7 @@ import cv2
 import pytest
 import torch
 from conftest import clipcap, complaint, root
+from small import assert_batches_change_no_caption
 
 from clipcap.base.captions import read_captions
 from clipcap.base.config import NEW_LANGUAGES
@@ -195,16 +196,7 @@ def test_generate_is_plain_beam_search(every, beams):
 
 @both
 def test_one_photo_is_many(every):
-    model, features = make(every), photos(9)
-    for options in (
-        GenerationOptions(beams=1),
-        GenerationOptions(),
-        GenerationOptions(beams=4, candidates=3),
-        GenerationOptions(temperature=1.0, seed=3, candidates=2),
-    ):
-        together = generate_captions(model, features, options)
-        assert together == generate_captions(model, features, options, batch_size=1)
-        assert together == generate_captions(model, features, options, batch_size=4)
+    assert_batches_change_no_caption(make(every), photos(9))
 
 
 def test_a_seed_makes_sampling_repeatable():
